@@ -1,0 +1,213 @@
+"""One configuration class, many faces: form, YAML, command line, notebook parameters, code.
+
+:class:`Config` is a frozen pydantic model that rejects unknown settings. Subclasses stand beside what they
+configure and describe every field with its unit; the faces are all derived from those fields:
+
+* ``config.override(["optim.lr=1e-3"])`` — dotted overrides, as on the command line;
+* ``config.to_yaml()`` / ``Config.from_yaml(path)`` — files;
+* ``config.to_code()`` — Python, with ``eval(config.to_code()) == config``;
+* ``widgets.form`` — a form, from the fields' types, bounds and hints (:func:`hint`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from workbench.errors import ConfigError, nearest
+
+_depth: ContextVar[int] = ContextVar("config_depth", default=0)
+
+
+def hint(*, log: bool = False, choices: str = "", advanced: bool = False, step: float | None = None) -> dict[str, Any]:
+    """Presentation hints for a field (``json_schema_extra``): how a form should draw it.
+
+    Args:
+        log: draw on a logarithmic scale (rates, decays).
+        choices: name of the registry whose names the field takes, e.g. ``"models"``.
+        advanced: keep folded away until asked for.
+        step: increment of the input control.
+    """
+    pairs = {"log": log, "choices": choices, "advanced": advanced, "step": step}
+    return {key: value for key, value in pairs.items() if value}
+
+
+class Config(BaseModel):
+    """Base of all configurations: frozen, unknown settings forbidden, errors in plain words."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    kind: ClassVar[str] = ""
+
+    def __init__(self, /, **values: Any) -> None:
+        # A nested config is built by the same __init__; only the outermost turns pydantic's errors into ours,
+        # so that the message carries the whole dotted path.
+        token = _depth.set(_depth.get() + 1)
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            if token.old_value not in (token.MISSING, 0):
+                raise
+            raise ConfigError(explain(error, type(self))) from None
+        finally:
+            _depth.reset(token)
+
+    def override(self, changes: Mapping[str, Any] | Iterable[str]) -> Self:
+        """A copy with dotted settings changed.
+
+        Args:
+            changes: ``{"optim.lr": 1e-3}`` or ``["optim.lr=1e-3"]``; values in text are read as YAML.
+
+        Raises:
+            ConfigError: an unknown setting, a value out of range, or text without ``=``.
+        """
+        values = self.model_dump()
+        for path, value in _pairs(changes):
+            target, *rest = _split(path)
+            _assign(values, [target, *rest], value, path)
+        return type(self)(**values)
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by dotted path, e.g. ``{"optim.lr": 0.1, ...}``."""
+        return dict(_flatten(self.model_dump(mode="json")))
+
+    def changes_from(self, other: Config) -> dict[str, Any]:
+        """Dotted settings in which this config differs from ``other``, with this config's values."""
+        before = other.flat()
+        return {path: value for path, value in self.flat().items() if path not in before or before[path] != value}
+
+    def to_yaml(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Every setting as YAML; written to ``path`` too when given."""
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_yaml(cls, source: str | os.PathLike[str]) -> Self:
+        """Read a config from a YAML file.
+
+        Raises:
+            ConfigError: the file is missing, is not YAML, or its settings do not validate.
+        """
+        path = Path(source)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"The configuration file {str(path)!r} cannot be read: {error.strerror}.", "Check the path.") from None
+        values = load_yaml(text, str(path))
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds {type(values).__name__}, not settings.", "Write one 'name: value' per line.")
+        return cls(**values)
+
+    def to_code(self) -> str:
+        """Python that builds this config, defaults left out: ``eval(c.to_code()) == c``."""
+        values = self.model_dump(mode="json", exclude_defaults=True)
+        arguments = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        one_line = f"{type(self).__name__}({arguments})"
+        if len(one_line) <= 88:
+            return one_line
+        lines = "".join(f"    {name}={value!r},\n" for name, value in values.items())
+        return f"{type(self).__name__}(\n{lines})"
+
+
+class _Yaml12(yaml.SafeLoader):
+    """SafeLoader that reads ``1e-3`` as a number, as YAML 1.2 does (1.1 wants ``1.0e-3``)."""
+
+
+_Yaml12.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
+)
+
+
+def load_yaml(text: str, origin: str = "text") -> Any:
+    """Parse YAML, scientific notation included; :class:`ConfigError` names the line on bad syntax."""
+    try:
+        return yaml.load(text, Loader=_Yaml12)  # noqa: S506 - _Yaml12 is a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{origin} is not valid YAML{where}: {getattr(error, 'problem', error)}.") from None
+
+
+def _pairs(changes: Mapping[str, Any] | Iterable[str]) -> Iterator[tuple[str, Any]]:
+    if isinstance(changes, Mapping):
+        yield from changes.items()
+        return
+    for text in [changes] if isinstance(changes, str) else changes:
+        path, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"The override {text!r} has no '='.", "Write it as name=value, e.g. optim.lr=0.01.")
+        yield path.strip(), load_yaml(value, f"The value of {path.strip()!r}")
+
+
+def _split(path: str) -> list[str]:
+    parts = path.split(".")
+    if not all(parts):
+        raise ConfigError(f"The setting {path!r} is not a dotted name.", "Write it like optim.lr.")
+    return parts
+
+
+def _assign(values: dict[str, Any], parts: list[str], value: Any, path: str) -> None:
+    *parents, last = parts
+    for depth, part in enumerate(parents):
+        child = values.get(part)
+        if child is None:
+            child = values[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{path!r}: {'.'.join(parts[: depth + 1])} is a value ({child!r}), not a group of settings.")
+        values = child
+    values[last] = value
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def explain(error: ValidationError, owner: type[BaseModel]) -> str:
+    """Pydantic's errors as sentences: the setting, its value, what is allowed, what it means."""
+    return " ".join(_sentence(dict(item), owner) for item in error.errors(include_url=False))
+
+
+def _sentence(item: dict[str, Any], owner: type[BaseModel]) -> str:
+    location = [str(part) for part in item["loc"]]
+    path = ".".join(location) or owner.__name__
+    model, description = _field(owner, location)
+    if item["type"] == "extra_forbidden":
+        known = list(model.model_fields)
+        close = nearest(location[-1], known)
+        remedy = f"did you mean {' or '.join(repr(c) for c in close)}?" if close else f"it has: {', '.join(known)}."
+        return f"{path} is not a setting of {model.__name__}; {remedy}"
+    if item["type"] == "missing":
+        return f"{path} is required: {description or 'give it a value'}."
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").rstrip(".")
+    if item["type"] == "value_error":
+        return f"{path}: {message}."
+    given = repr(item["input"])
+    return f"{path}={given[:80]} must be {message}. {description}".rstrip()
+
+
+def _field(owner: type[BaseModel], location: list[str]) -> tuple[type[BaseModel], str]:
+    """The config class that holds the setting at ``location``, and the setting's description."""
+    model, description = owner, ""
+    for part in location:
+        field = model.model_fields.get(part)
+        if field is None:
+            break
+        description = field.description or ""
+        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+                break
+    return model, description.strip().replace("\n", " ")

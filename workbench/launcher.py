@@ -1,0 +1,205 @@
+"""Processes of a run folder: start them, know whether they live, end them. Knows paths, imports no engine.
+
+Layout of a run folder, by name:
+
+=====================  ==================================================================================
+``config.yaml``        the config as given; ``resolved.yaml``: what ``auto`` became, and why
+``attempts/N.json``    one file a start of the run: who started it, where (:class:`Process`), on how many processes
+``heartbeat.json``     rank 0, about once a second: who, when, which step, when that step ended
+``events/rank-R``      journals (:mod:`workbench.events`)
+``readings/``          Arrow segments of the probes
+``commands/``          one JSON file a command, named by time
+``checkpoints/``       ``step-N`` folders; ``logs/``: output of the processes; ``source/``: code and models it was given
+=====================  ==================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+
+from workbench.errors import RunError
+from workbench.storage import write_atomic
+
+_children: dict[int, subprocess.Popen[bytes]] = {}
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, identified so that a reused pid or another machine is never mistaken for it."""
+
+    host: str
+    pid: int
+    started: float
+
+    @classmethod
+    def current(cls) -> Self:
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> Self:
+        return cls(socket.gethostname(), pid, psutil.Process(pid).create_time())
+
+    def alive(self) -> bool | None:
+        """True or False on this host, None when the process belongs to another host."""
+        if self.host != socket.gethostname():
+            return None
+        if self.pid in _children and _children[self.pid].poll() is not None:
+            return False
+        try:
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Sign of life of rank 0. ``time`` and ``step_time`` are seconds since the epoch."""
+
+    process: Process
+    time: float
+    attempt: int
+    step: int
+    step_time: float
+
+    def write(self, folder: Path) -> None:
+        write_atomic(folder / "heartbeat.json", json.dumps(asdict(self)), durable=False)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        values = _read_json(folder / "heartbeat.json")
+        return cls(**{**values, "process": Process(**values["process"])}) if values else None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run."""
+
+    number: int
+    nproc: int
+    process: Process
+    time: float
+
+    @classmethod
+    def latest(cls, folder: Path) -> Self | None:
+        """The last attempt claimed, None before the first."""
+        for path in sorted((folder / "attempts").glob("*.json"), reverse=True):
+            values = _read_json(path)
+            if values:
+                return cls(**{**values, "process": Process(**values["process"])})
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def claim(folder: Path, nproc: int) -> int:
+    """Number of a new attempt, which is this process's alone until :func:`record` names the worker.
+
+    Raises:
+        RunError: another process claimed the folder at the same moment.
+    """
+    taken = [int(path.stem) for path in (folder / "attempts").glob("*.json")]
+    number = max(taken, default=0) + 1
+    path = folder / "attempts" / f"{number:04d}.json"
+    try:
+        with path.open("x"):
+            pass
+    except FileExistsError:
+        raise RunError(f"Another process is starting the run {folder.name}.", "Open it with Run.open to follow it.") from None
+    record(folder, number, nproc, Process.current())
+    return number
+
+
+def record(folder: Path, number: int, nproc: int, process: Process) -> None:
+    """Name the process that carries attempt ``number``."""
+    attempt = Attempt(number, nproc, process, time.time())
+    write_atomic(folder / "attempts" / f"{number:04d}.json", json.dumps(asdict(attempt)))
+
+
+def command_line(folder: Path, nproc: int, attempt: int | None = None) -> list[str]:
+    """The command that runs the folder's worker: one interpreter, or torchrun for several."""
+    worker = ["-m", "workbench.worker", str(folder)]
+    if attempt is not None:
+        worker += ["--attempt", str(attempt)]
+    if nproc == 1:
+        return [sys.executable, *worker]
+    elastic = ["--standalone", f"--nproc-per-node={nproc}"]
+    return [sys.executable, "-m", "torch.distributed.run", *elastic, *worker]
+
+
+def spawn(folder: Path, nproc: int) -> Process:
+    """Start the worker processes in a session of their own, output to ``logs/``; returns at once.
+
+    The processes inherit nothing but the environment and outlive this one.
+    """
+    attempt = claim(folder, nproc)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    # The worker must import what the notebook can: the folder it runs in, and this very package.
+    here = [os.getcwd(), str(Path(__file__).resolve().parent.parent)]
+    environment["PYTHONPATH"] = os.pathsep.join([*here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // nproc)))
+    with (folder / "logs" / f"attempt-{attempt:04d}.log").open("ab") as log:
+        child = subprocess.Popen(
+            command_line(folder, nproc, attempt),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    _children[child.pid] = child
+    process = Process.of(child.pid)
+    record(folder, attempt, nproc, process)
+    return process
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def terminate(process: Process, grace: float = 10.0) -> None:
+    """End a process and its descendants: asked first, killed after ``grace`` seconds.
+
+    Raises:
+        RunError: the process belongs to another host.
+    """
+    state = process.alive()
+    if state is None:
+        raise RunError(f"The run's processes belong to the host {process.host}.", "End them there, or send the command stop.")
+    if not state:
+        return
+    leader = psutil.Process(process.pid)
+    family = [leader, *leader.children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.send_signal(signal.SIGTERM)
+    _, left = psutil.wait_procs(family, timeout=grace)
+    for member in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(left, timeout=grace)
+
+
+def tail(folder: Path, attempt: int, lines: int = 30) -> str:
+    """The last lines that the processes of an attempt printed."""
+    path = folder / "logs" / f"attempt-{attempt:04d}.log"
+    if not path.exists():
+        return ""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])

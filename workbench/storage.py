@@ -1,0 +1,174 @@
+"""Files that survive a kill at any instant.
+
+* :func:`write_atomic` — whole files: temporary name, fsync, rename.
+* :class:`Journal` / :func:`read_lines` — append-only JSON lines; a reader goes on from a byte cursor and stops at a torn tail.
+* :class:`SegmentWriter` / :func:`read_segments` — tables of readings as immutable Arrow files.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from workbench.errors import RunError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def write_atomic(path: Path, content: bytes | str | Callable[[BinaryIO], None], *, durable: bool = True) -> None:
+    """Replace ``path`` as a whole: a reader sees the old content or the new, never a part.
+
+    Args:
+        content: the bytes, the text, or a function that writes to the open file.
+        durable: survive a power cut too (fsync); off for what is rewritten every second.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException as error:
+        Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise as_run_error(error, path) from error
+        raise
+    if durable:
+        fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and new names in ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """fsync every file below ``folder``, then the folders."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            fsync_folder(path)
+    fsync_folder(folder)
+
+
+def as_run_error(error: OSError, path: Path) -> OSError | RunError:
+    """A full disk or quota in words; any other error as it is."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return RunError(
+            f"The disk that holds {path.parent} is full ({error.strerror}).",
+            "Free some space (old runs and checkpoints lie there), then resume the run: it goes on from its last checkpoint.",
+        )
+    return error
+
+
+class Journal:
+    """An append-only file of lines; each line is written whole by one call, or taken back.
+
+    A tail torn by a kill is cut off when the journal is opened again, so readers' cursors, which never pass a torn tail,
+    stay valid. One process writes one journal.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self._size = _end_of_last_line(self._descriptor)
+        os.ftruncate(self._descriptor, self._size)
+
+    def append(self, line: str, *, durable: bool = False) -> None:
+        """Write one line; with ``durable``, return only once it would survive a power cut."""
+        content = line.encode() + b"\n"
+        try:
+            written = os.write(self._descriptor, content)
+            if written < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._size += written
+            if durable:
+                os.fsync(self._descriptor)
+        except OSError as error:
+            os.ftruncate(self._descriptor, self._size)
+            raise as_run_error(error, self.path) from error
+
+    def sync(self) -> None:
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _end_of_last_line(descriptor: int) -> int:
+    """Byte offset just past the last newline, 0 without one."""
+    size = os.fstat(descriptor).st_size
+    block = 1 << 16
+    while size > 0:
+        start = max(0, size - block)
+        found = os.pread(descriptor, size - start, start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        size = start
+    return 0
+
+
+def read_lines(path: Path, cursor: int = 0) -> tuple[list[bytes], int]:
+    """Complete lines of a journal from a byte cursor, and the cursor to go on from."""
+    try:
+        with path.open("rb") as file:
+            file.seek(cursor)
+            content = file.read()
+    except FileNotFoundError:
+        return [], cursor
+    end = content.rfind(b"\n") + 1
+    return content[:end].splitlines(), cursor + end
+
+
+class SegmentWriter:
+    """Tables of one kind of reading, one immutable Arrow file a call, named by attempt, rank and first step."""
+
+    def __init__(self, folder: Path, attempt: int, rank: int) -> None:
+        self.folder, self.attempt, self.rank = folder, attempt, rank
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, kind: str, table: pa.Table, step: int) -> Path:
+        """Write ``table``; it appears whole or not at all."""
+        import pyarrow as pa
+
+        def fill(file: BinaryIO) -> None:
+            with pa.ipc.new_file(file, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+                writer.write_table(table)
+
+        path = self.folder / f"{kind}-a{self.attempt:04d}-r{self.rank:05d}-s{step:09d}.arrow"
+        write_atomic(path, fill)
+        return path
+
+
+def read_segments(folder: Path, kind: str, seen: set[str]) -> Iterator[tuple[int, int, pa.Table]]:
+    """(attempt, rank, table) of each segment of ``kind`` not yet in ``seen``, which grows by what is read."""
+    import pyarrow as pa
+
+    for path in sorted(folder.glob(f"{kind}-a*.arrow")):
+        if path.name in seen:
+            continue
+        seen.add(path.name)
+        _, attempt, rank, _ = path.stem.rsplit("-", 3)
+        with pa.memory_map(str(path)) as source:
+            yield int(attempt[1:]), int(rank[1:]), pa.ipc.open_file(source).read_all()
