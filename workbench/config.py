@@ -193,7 +193,7 @@ def _sentence(item: dict[str, Any], owner: type[BaseModel]) -> str:
         return f"{path} is required: {description or 'give it a value'}."
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").rstrip(".")
     if item["type"] == "value_error":
-        return f"{path}: {message}."
+        return f"{path}: {message if message.endswith('?') else message + '.'}"
     given = repr(item["input"])
     return f"{path}={given[:80]} must be {message}. {description}".rstrip()
 

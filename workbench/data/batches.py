@@ -1,0 +1,282 @@
+"""Batches for a rank: which samples at which step, from device memory or through a loader.
+
+The order of samples and every random draw follow from (seed, epoch, step) alone. So a run resumes in the middle of an epoch
+exactly, and the global batch of a step is the same on any number of ranks, micro-steps or loader processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from workbench.data.augment import Draw
+from workbench.data.config import AUGMENTATIONS, DataConfig
+from workbench.data.splits import Arrays, Splits
+from workbench.errors import ConfigError, DataError, WorkbenchError
+
+Batch = tuple[Any, Tensor]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This process's share of each step: rank of ``world``, in ``micro`` micro-steps."""
+
+    rank: int = 0
+    world: int = 1
+    micro: int = 1
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where batches go: the device, the type of floating-point images, and whether these are channels-last."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+
+
+def derive_seed(*parts: int) -> int:
+    """A 63-bit seed from whole numbers; distinct parts give unrelated seeds."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+class Batches:
+    """Training and evaluation batches of one rank.
+
+    Args:
+        splits: the data.
+        config: batch size and augmentation.
+        shard: this rank's share.
+        target: where the batches go.
+        seed: of order and augmentation.
+
+    Raises:
+        ConfigError: the batch does not divide into ranks and micro-steps, or is larger than the data set.
+    """
+
+    def __init__(self, splits: Splits, config: DataConfig, shard: Shard, target: Target, seed: int) -> None:
+        self.splits, self.config, self.shard, self.target, self.seed = splits, config, shard, target, seed
+        self.samples = len(splits.train)  # type: ignore[arg-type]
+        parts = shard.world * shard.micro
+        if config.batch_size % parts:
+            raise ConfigError(
+                f"data.batch_size={config.batch_size} does not divide into {shard.world} rank(s) × accumulate={shard.micro}.",
+                f"Take a multiple of {parts}, e.g. {max(1, round(config.batch_size / parts)) * parts}.",
+            )
+        if config.batch_size > self.samples:
+            raise ConfigError(
+                f"data.batch_size={config.batch_size} is larger than the {self.samples} training samples.",
+                f"Take at most {self.samples}.",
+            )
+        self.micro_size = config.batch_size // parts
+        self.steps_per_epoch = self.samples // config.batch_size
+        names = splits.augment if config.augment is None else config.augment
+        self._augmentations = [AUGMENTATIONS.factory(name) for name in names]
+        self._generator = torch.Generator(device=target.device)
+        self._scale, self._bias = _affine(splits, target)
+        self._source: tuple[Tensor, Tensor] | None = None
+        self._held_out: tuple[Tensor, Tensor] | None = None
+        self._loader: DataLoader[Any] | None = None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether samples are held as tensors (on the device) rather than read by loader processes."""
+        return isinstance(self.splits.train, Arrays) and self.config.placement != "loader"
+
+    def order(self, epoch: int) -> Tensor:
+        """int64 [N] on the CPU: the epoch's permutation of the samples."""
+        return torch.randperm(self.samples, generator=torch.Generator().manual_seed(derive_seed(self.seed, epoch)))
+
+    def part(self, micro: int) -> slice:
+        """Place of this rank's micro-batch in the global batch."""
+        start = (self.shard.rank * self.shard.micro + micro) * self.micro_size
+        return slice(start, start + self.micro_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Iterable[Batch]]:
+        """The epoch's steps from ``start``; each is this rank's micro-batches, on the device.
+
+        Raises:
+            DataError: a sample cannot be read.
+        """
+        read = self._from_memory(epoch, start) if self.in_memory else self._from_loader(epoch, start)
+        for step in range(start, self.steps_per_epoch):
+            yield (self._finish(*next(read), epoch, step, micro) for micro in range(self.shard.micro))
+
+    def _from_memory(self, epoch: int, start: int) -> Iterator[Batch]:
+        if self._source is None:
+            assert isinstance(self.splits.train, Arrays)
+            self._source = self.splits.train.x.to(self.target.device), self.splits.train.y.to(self.target.device)
+        x, y = self._source
+        order = self.order(epoch).to(self.target.device)
+        for step in range(start, self.steps_per_epoch):
+            batch = order[step * self.config.batch_size : (step + 1) * self.config.batch_size]
+            for micro in range(self.shard.micro):
+                index = batch[self.part(micro)]
+                yield x.index_select(0, index), y.index_select(0, index)
+
+    def _from_loader(self, epoch: int, start: int) -> Iterator[Batch]:
+        if self._loader is None:
+            workers = self.config.workers
+            self._plan = _Plan(self)
+            self._loader = DataLoader(
+                _Seeded(self.splits.train, self.seed),
+                batch_sampler=self._plan,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                prefetch_factor=4 if workers else None,
+                pin_memory=self.target.device.type == "cuda",
+                collate_fn=_collate,
+            )
+        self._plan.epoch, self._plan.start = epoch, start
+        yield from _moved(iter(self._loader), self.target.device)
+
+    def _finish(self, x: Any, y: Tensor, epoch: int, step: int, micro: int) -> Batch:
+        if not (isinstance(x, Tensor) and x.dtype == torch.uint8 and x.ndim == 4):
+            return x, y
+        if self._augmentations:
+            self._generator.manual_seed(derive_seed(self.seed, epoch, step))
+            draw = Draw(self._generator, self.config.batch_size, self.part(micro))
+            for augmentation in self._augmentations:
+                x = augmentation(x, draw)
+        return self._normalize(x), y
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] -> floating point, mean 0 and standard deviation 1 by channel."""
+        layout = torch.channels_last if self.target.channels_last else torch.contiguous_format
+        return torch.addcmul(self._bias, x, self._scale).to(self.target.dtype, memory_format=layout)
+
+    def evaluation(self) -> Iterator[tuple[Any, Tensor, int]]:
+        """This rank's share of the evaluation samples: (x, y, count), of which the first ``count`` rows are to be counted.
+
+        Batches held in memory have one fixed shape: the last is filled up, so that compiled models see no other.
+        """
+        size, split = self.config.eval_batch_size, self.splits.eval
+        mine = range(self.shard.rank, len(split), self.shard.world)  # type: ignore[arg-type]
+        if isinstance(split, Arrays):
+            size = min(size, len(mine)) or 1
+            if self._held_out is None:
+                self._held_out = (split.x.to(self.target.device), split.y.to(self.target.device))
+            for start in range(0, len(mine), size):
+                rows = list(mine[start : start + size])
+                index = torch.tensor(rows + rows[:1] * (size - len(rows)), device=self.target.device)
+                x, y = (part.index_select(0, index) for part in self._held_out)
+                yield (self._normalize(x) if x.dtype == torch.uint8 and x.ndim == 4 else x), y, len(rows)
+            return
+        plan = [[(0, row) for row in mine[start : start + size]] for start in range(0, len(mine), size)]
+        loader = DataLoader(_Seeded(split, self.seed), batch_sampler=plan, num_workers=self.config.workers, collate_fn=_collate)
+        for x, y in _moved(iter(loader), self.target.device):
+            yield (self._normalize(x) if isinstance(x, Tensor) and x.dtype == torch.uint8 and x.ndim == 4 else x), y, len(y)
+
+
+def _affine(splits: Splits, target: Target) -> tuple[Tensor, Tensor]:
+    """Scale and bias [1, C, 1, 1] that take pixels 0…255 to mean 0 and standard deviation 1."""
+    mean = torch.tensor(splits.mean or (0.0,), dtype=torch.float64).view(1, -1, 1, 1)
+    std = torch.tensor(splits.std or (1.0,), dtype=torch.float64).view(1, -1, 1, 1)
+    scale, bias = 1 / (255 * std), -mean / std
+    return scale.to(target.device, torch.float32), bias.to(target.device, torch.float32)
+
+
+class _Plan:
+    """Batch sampler of a rank's micro-batches: (epoch, index) pairs, from a given step of a given epoch."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches, self.epoch, self.start = batches, 0, 0
+
+    def __len__(self) -> int:
+        return (self.batches.steps_per_epoch - self.start) * self.batches.shard.micro
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order, size = self.epoch, self.batches.order(self.epoch), self.batches.config.batch_size
+        for step in range(self.start, self.batches.steps_per_epoch):
+            batch = order[step * size : (step + 1) * size]
+            for micro in range(self.batches.shard.micro):
+                yield [(epoch, index) for index in batch[self.batches.part(micro)].tolist()]
+
+
+class _Seeded(Dataset[Any]):
+    """A data set whose samples draw the same random numbers whichever process reads them, and whenever."""
+
+    def __init__(self, source: Any, seed: int) -> None:
+        self.source, self.seed = source, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        seed = derive_seed(self.seed, epoch, index)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - users' transforms draw from the global generator
+        torch.manual_seed(seed)
+        if isinstance(self.source, Arrays):
+            return self.source.x[index], self.source.y[index]
+        return self.source[index]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Any:
+        # Without worker processes the global generators are the trainer's own: give them back as they were.
+        kept = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+        samples: list[Any] = []
+        try:
+            for key in keys:
+                try:
+                    samples.append(self[key])
+                except WorkbenchError as error:
+                    samples = [error]
+                    break
+                except Exception as error:
+                    samples = [DataError(f"Sample {key[1]} cannot be read: {type(error).__name__}: {error}.", "Mend or remove it.")]
+                    break
+        finally:
+            random.setstate(kept[0])
+            np.random.set_state(kept[1])  # noqa: NPY002
+            torch.set_rng_state(kept[2])
+        return samples
+
+
+def _collate(samples: list[Any]) -> Any:
+    """A batch, or the error that a loader process met, which travels to the trainer as it is."""
+    if isinstance(samples[0], WorkbenchError):
+        return samples[0]
+    try:
+        return default_collate(samples)
+    except (RuntimeError, TypeError) as error:
+        return DataError(f"Samples do not stack into a batch: {error}.", "Give every sample the same shape and type.")
+
+
+def _moved(loader: Iterator[Any], device: torch.device) -> Iterator[Batch]:
+    """Batches on the device; on an accelerator the next one is copied while the present one is used."""
+    if device.type != "cuda":
+        for batch in loader:
+            yield _checked(batch)
+        return
+    stream = torch.cuda.Stream(device)
+    ahead: Any = None
+    for batch in loader:
+        _checked(batch)
+        with torch.cuda.stream(stream):
+            copied = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+        if ahead is not None:
+            yield _handed_over(ahead, stream)
+        ahead = copied
+    if ahead is not None:
+        yield _handed_over(ahead, stream)
+
+
+def _handed_over(batch: Any, stream: torch.cuda.Stream) -> Batch:
+    current = torch.cuda.current_stream()
+    current.wait_stream(stream)
+    torch.utils._pytree.tree_map_only(Tensor, lambda t: t.record_stream(current), batch)
+    return batch
+
+
+def _checked(batch: Any) -> Batch:
+    if isinstance(batch, WorkbenchError):
+        raise batch
+    if not (isinstance(batch, list | tuple) and len(batch) == 2):
+        raise DataError(f"A sample is a {type(batch).__name__}, not a pair (x, y).", "Return (input, target) from the data set.")
+    return batch  # type: ignore[return-value]

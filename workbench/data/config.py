@@ -1,0 +1,58 @@
+"""Which data to train on, in what batches."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from workbench.config import Config, hint
+from workbench.errors import unknown
+from workbench.registry import Registry
+
+AUGMENTATIONS = Registry(
+    "augmentation",
+    {name: f"workbench.data.augment:{name}" for name in ("crop", "flip", "shift", "cutout")},
+)
+"""Augmentations of image batches, drawn per sample, on the device."""
+
+
+class DataConfig(Config):
+    """A data set by name, and how it is batched."""
+
+    name: str = Field(
+        "digits",
+        description="A card in datasets/, or an import path to a function that returns splits: 'package.module:function', 'file.py:function'.",
+        json_schema_extra=hint(choices="datasets"),
+    )
+    batch_size: int = Field(
+        128, ge=1, description="Samples per optimizer step, over all ranks and accumulation micro-steps together.", json_schema_extra=hint(log=True)
+    )
+    eval_batch_size: int = Field(512, ge=1, description="Samples per evaluation batch, per rank.", json_schema_extra=hint(advanced=True))
+    augment: tuple[str, ...] | None = Field(
+        None, description="Augmentations in order, e.g. crop, flip; empty for none; by default those the data set's card recommends."
+    )
+    placement: Literal["auto", "device", "loader"] = Field(
+        "auto",
+        description="Where samples wait: in the device's memory, augmented there in batch, or in a loader's worker processes.",
+        json_schema_extra=hint(advanced=True),
+    )
+    workers: int = Field(2, ge=0, description="Loader processes per rank; unused when the data lies on the device.", json_schema_extra=hint(advanced=True))
+    limit: int | None = Field(None, ge=1, description="Use only the first so many training samples.", json_schema_extra=hint(advanced=True))
+    args: dict[str, Any] = Field({}, description="Keyword arguments of the data set's loader.", json_schema_extra=hint(advanced=True))
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_known(cls, name: str) -> str:
+        from workbench.data.cards import card_names
+
+        if ":" not in name and name != "given" and name not in card_names():
+            raise unknown("data set", name, card_names())
+        return name
+
+    @field_validator("augment")
+    @classmethod
+    def _augmentations_are_known(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in names or ():
+            AUGMENTATIONS.check(name)
+        return names

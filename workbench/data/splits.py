@@ -1,0 +1,134 @@
+"""What a data set's loader returns: :class:`Splits`, of tensors held in memory or of torch datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+from workbench.data.cards import card_names, read_card
+from workbench.data.config import DataConfig
+from workbench.errors import DataError
+from workbench.registry import load_object
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Samples held in memory.
+
+    Attributes:
+        x: [N, C, H, W] uint8 images, or [N, ...] floating-point features.
+        y: [N] labels or targets.
+    """
+
+    x: Tensor
+    y: Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y):
+            raise DataError(f"There are {len(self.x)} samples but {len(self.y)} labels.", "Each sample needs one label.")
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @property
+    def nbytes(self) -> int:
+        return self.x.nbytes + self.y.nbytes
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training and evaluation samples of one data set.
+
+    Attributes:
+        train, eval: :class:`Arrays`, or map-style torch datasets of (x, y).
+        classes: names of the classes in label order; empty when the task is not classification.
+        mean, std: by channel, of pixel values scaled to 0…1; applied to uint8 images on the device.
+        augment: augmentations that suit the data.
+    """
+
+    train: Arrays | Dataset[Any]
+    eval: Arrays | Dataset[Any]
+    classes: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    augment: tuple[str, ...] = field(default=())
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        x = self.train.x[0] if isinstance(self.train, Arrays) else self.train[0][0]
+        return tuple(x.shape) if isinstance(x, Tensor) else ()
+
+    @property
+    def num_classes(self) -> int | None:
+        if self.classes:
+            return len(self.classes)
+        if isinstance(self.train, Arrays) and not self.train.y.is_floating_point():
+            return int(self.train.y.max()) + 1
+        return None
+
+
+def load_splits(config: DataConfig, given: Any = None, *, root: Path | None = None) -> Splits:
+    """The splits that ``config`` names.
+
+    Args:
+        given: splits, a (train, eval) pair of torch datasets, or one torch dataset, in place of the named data.
+        root: folder against which relative files are looked up first (a run folder).
+
+    Raises:
+        DataError: the data is missing or corrupt, or the loader returned something else.
+        ConfigError: the name is unknown.
+    """
+    if given is not None:
+        splits = as_splits(given, "the data given")
+    elif config.name in card_names():
+        card = read_card(config.name)
+        splits = replace(
+            load_object(card.loader)(**config.args), classes=card.classes, mean=card.mean, std=card.std, augment=card.augment
+        )
+    else:
+        name = config.name
+        if root is not None and (root / name.partition(":")[0]).exists():
+            name = str(root / name)
+        splits = as_splits(load_object(name)(**config.args), config.name)
+    if config.limit is not None:
+        splits = replace(splits, train=_first(splits.train, config.limit))
+    if len(splits.train) == 0 or len(splits.eval) == 0:  # type: ignore[arg-type]
+        raise DataError(f"The data set {config.name!r} has an empty split.", "Both training and evaluation need samples.")
+    return splits
+
+
+def as_splits(found: Any, origin: str) -> Splits:
+    """Splits from what a user's loader returned."""
+    if isinstance(found, Splits):
+        return found
+    if isinstance(found, tuple) and len(found) == 2:
+        train, evaluation = (_in_memory(part) for part in found)
+        return Splits(train, evaluation)
+    if hasattr(found, "__getitem__") and hasattr(found, "__len__"):
+        count = len(found)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+        cut = max(1, count // 10)
+        subset: Callable[[list[int]], Dataset[Any]] = lambda keep: torch.utils.data.Subset(found, keep)  # noqa: E731
+        return Splits(subset(order[cut:]), subset(order[:cut]))
+    raise DataError(
+        f"{origin} gave {type(found).__name__}, not data.",
+        "Return workbench.data.Splits, a pair (train, eval) of torch datasets, or one torch dataset (a tenth is then held out).",
+    )
+
+
+def _in_memory(part: Any) -> Any:
+    if isinstance(part, TensorDataset) and len(part.tensors) == 2:
+        return Arrays(*part.tensors)
+    return part
+
+
+def _first(part: Arrays | Dataset[Any], count: int) -> Arrays | Dataset[Any]:
+    if isinstance(part, Arrays):
+        return Arrays(part.x[:count], part.y[:count])
+    return torch.utils.data.Subset(part, range(min(count, len(part))))  # type: ignore[arg-type]

@@ -1,0 +1,81 @@
+"""Losses by name. A loss takes the model's output and the target and returns the mean over the batch, a scalar tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from workbench.config import Config, hint
+from workbench.errors import ModelError
+from workbench.registry import Registry
+
+LOSSES = Registry(
+    "loss",
+    {
+        "cross_entropy": "torch.nn:CrossEntropyLoss",
+        "bce_with_logits": "torch.nn:BCEWithLogitsLoss",
+        "nll": "torch.nn:NLLLoss",
+        "mse": "torch.nn:MSELoss",
+        "l1": "torch.nn:L1Loss",
+        "smooth_l1": "torch.nn:SmoothL1Loss",
+        "huber": "torch.nn:HuberLoss",
+    },
+)
+"""Factories of losses: called with ``LossConfig.args``, they return the callable."""
+
+
+class LossConfig(Config):
+    """The loss that training minimizes."""
+
+    name: str = Field("cross_entropy", description="A registered loss or an import path.", json_schema_extra=hint(choices="losses"))
+    args: dict[str, Any] = Field({}, description="Keyword arguments, e.g. {label_smoothing: 0.1}.", json_schema_extra=hint(advanced=True))
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_known(cls, name: str) -> str:
+        return LOSSES.check(name)
+
+
+def make_loss(config: LossConfig) -> Callable[[Any, Any], Any]:
+    """The loss as a callable (output, target) -> scalar tensor."""
+    loss: Callable[[Any, Any], Any] = LOSSES.create(config.name, **config.args)
+    return loss
+
+
+def check_output(loss: Callable[[Any, Any], Any], output: Any, target: Any, name: str) -> None:
+    """Try the loss once, so that a model whose output does not fit is named before training starts.
+
+    Args:
+        output: of the model for one batch, on the CPU.
+        target: of the same batch.
+
+    Raises:
+        ModelError: with both shapes, and what usually cures it.
+    """
+    import torch
+
+    if not isinstance(output, torch.Tensor):
+        raise ModelError(f"The model returns {type(output).__name__}, but the loss {name!r} takes a tensor.", "Return the logits alone.")
+    if name == "cross_entropy" and output.ndim >= 2 and not target.is_floating_point():
+        classes, largest = output.shape[1], int(target.max())
+        if largest >= classes or int(target.min()) < 0:
+            raise ModelError(
+                f"The model has {classes} outputs, but the data has the label {largest if largest >= classes else int(target.min())}.",
+                "Set model.num_classes to the number of classes.",
+            )
+    try:
+        value = loss(output, target)
+    except Exception as error:
+        raise ModelError(
+            f"The model's output, {_describe(output)}, does not fit the loss {name!r} with targets {_describe(target)}: {error}",
+            "Set model.num_classes, or take another loss.",
+        ) from error
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        raise ModelError(f"The loss {name!r} gave {_describe(value)}, not one number.", "Reduce it to the mean over the batch.")
+
+
+def _describe(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return f"{str(value.dtype).removeprefix('torch.')} {list(shape)}" if shape is not None else type(value).__name__

@@ -1,0 +1,73 @@
+"""Models by name: the workbench's own, timm's, import paths, saved folders."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from workbench.errors import ConfigError, ModelError, WorkbenchError
+from workbench.models.config import MODELS, ModelConfig
+from workbench.models.structure import Structure
+from workbench.registry import load_object
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["MODELS", "ModelConfig", "Structure", "build_model"]
+
+
+def build_model(config: ModelConfig, *, root: Path | None = None) -> nn.Module:
+    """Build the model that ``config`` names, on the CPU, in training mode.
+
+    Args:
+        config: with ``num_classes`` and ``in_channels`` filled in where the model needs them.
+        root: folder against which relative files and folders are looked up first (a run folder).
+
+    Returns:
+        The module; its attribute ``structure`` says how to build it again.
+
+    Raises:
+        ConfigError: unknown name, or arguments that the factory does not take.
+        ModelError: the factory failed.
+    """
+    name = config.name
+    if root is not None and (root / name.partition(":")[0]).exists():
+        name = str(root / name)
+    if ":" not in name and Path(name).is_dir():
+        # By name: reading saved models lies in a later layer.
+        model: nn.Module = load_object("workbench.artefact:load_model")(Path(name))
+        return model.train()
+    shape = {"num_classes": config.num_classes, "in_channels": config.in_channels}
+    given = {key: value for key, value in shape.items() if value is not None}
+    try:
+        if MODELS.known(name):
+            factory = MODELS.factory(name)
+            model = factory(**_accepted(factory, given), **config.args)
+        else:
+            model = _from_timm(name, config, given)
+    except WorkbenchError:
+        raise
+    except TypeError as error:
+        raise ConfigError(f"The model {config.name!r} does not take these arguments: {error}.", "See model.args.") from error
+    except Exception as error:
+        raise ModelError(f"The model {config.name!r} could not be built: {type(error).__name__}: {error}") from error
+    model.structure = Structure(model=config.model_dump(mode="json"))  # type: ignore[assignment]
+    return model
+
+
+def _accepted(factory: object, given: dict[str, int]) -> dict[str, int]:
+    """The shape arguments that a factory declares; a user's own function need not know of them."""
+    parameters = inspect.signature(factory).parameters  # type: ignore[arg-type]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return given
+    return {name: value for name, value in given.items() if name in parameters}
+
+
+def _from_timm(name: str, config: ModelConfig, given: dict[str, int]) -> nn.Module:
+    import timm
+
+    renamed = {"num_classes": given.get("num_classes"), "in_chans": given.get("in_channels")}
+    return timm.create_model(
+        name, pretrained=config.pretrained, **{k: v for k, v in renamed.items() if v is not None}, **config.args
+    )
