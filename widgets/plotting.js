@@ -1,0 +1,259 @@
+// Shared by the live plots; prepended to their modules. Store: the page's copy of the kernel's curves and heat maps.
+// Painter: draws what changed, at most four times a second, when it is visible, again when the theme changes.
+
+const FRAME_MS = 250;
+
+function plotlyReady() {
+  const key = "workbenchPlotly";
+  if (globalThis.Plotly?.react) return Promise.resolve(globalThis.Plotly);
+  if (!globalThis[key]) {
+    let resolve;
+    const promise = new Promise((done) => (resolve = done));
+    globalThis[key] = { promise, resolve, started: false };
+  }
+  return globalThis[key].promise;
+}
+
+class Store {
+  constructor() {
+    this.lines = new Map();
+    this.grids = new Map();
+    this.facts = new Map();
+    this.sequence = null;
+    this.listeners = new Set();
+  }
+
+  // Returns false when a message is missing; the caller then asks for the whole.
+  receive(content, buffers) {
+    if (!content.whole && content.sequence !== this.sequence + 1) return false;
+    if (content.whole) for (const map of [this.lines, this.grids, this.facts]) map.clear();
+    this.sequence = content.sequence;
+    const view = buffers?.[0];
+    const bytes = view ? view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength) : new ArrayBuffer(0);
+    const values = new Float32Array(bytes);
+    const changed = new Set();
+    let offset = 0;
+    for (const operation of content.operations) {
+      offset += this[operation.op](operation, values.subarray(offset));
+      changed.add(operation.name);
+    }
+    for (const listener of this.listeners) listener(changed, content.whole);
+    return true;
+  }
+
+  line({ name, at, n }, values) {
+    const held = this.lines.get(name) ?? { x: [], y: [] };
+    held.x.length = held.y.length = at;
+    for (let i = 0; i < n; i++) {
+      held.x.push(values[i]);
+      held.y.push(Number.isFinite(values[n + i]) ? values[n + i] : null);
+    }
+    this.lines.set(name, held);
+    return 2 * n;
+  }
+
+  columns({ name, at, n, rows }, values) {
+    let grid = this.grids.get(name);
+    if (!grid || grid.rows !== rows) this.grids.set(name, (grid = { rows, x: [], columns: [] }));
+    grid.x.length = grid.columns.length = at;
+    for (let i = 0; i < n; i++) {
+      grid.x.push(values[i]);
+      grid.columns.push(values.slice(n + i * rows, n + (i + 1) * rows));
+    }
+    return n * (1 + rows);
+  }
+
+  halve({ name, how, keep }) {
+    const grid = this.grids.get(name);
+    for (let i = 0; i < keep; i++) {
+      const a = grid.columns[2 * i];
+      const b = grid.columns[2 * i + 1];
+      for (let r = 0; r < grid.rows; r++) {
+        if (how === "sum") a[r] += b[r];
+        else if (Number.isNaN(a[r]) || b[r] > a[r]) a[r] = b[r];
+      }
+      grid.columns[i] = a;
+      grid.x[i] = grid.x[2 * i];
+    }
+    grid.x.length = grid.columns.length = keep;
+    return 0;
+  }
+
+  fact({ name, value }) {
+    this.facts.set(name, value);
+    return 0;
+  }
+
+  forget({ name }) {
+    for (const map of [this.lines, this.grids, this.facts]) map.delete(name);
+    return 0;
+  }
+}
+
+// Keeps a model's store up to date; asks the kernel for the whole when this page is new or missed a message.
+function follow(model) {
+  const store = new Store();
+  let asked = 0;
+  const ask = () => {
+    if (performance.now() - asked < 1000) return;
+    asked = performance.now();
+    model.send({ kind: "hello" });
+  };
+  model.on("msg:custom", (content, buffers) => {
+    if (content.kind === "frame" && !store.receive(content, buffers)) ask();
+  });
+  ask();
+  return store;
+}
+
+function theme(el) {
+  const style = getComputedStyle(el);
+  const of = (name, otherwise) => style.getPropertyValue(name).trim() || otherwise;
+  const dark = document.body.dataset.jpThemeLight === "false";
+  return {
+    dark,
+    text: of("--jp-ui-font-color1", dark ? "#ddd" : "#222"),
+    soft: of("--jp-ui-font-color2", dark ? "#aaa" : "#666"),
+    back: of("--jp-layout-color1", dark ? "#111" : "#fff"),
+    raised: of("--jp-layout-color0", dark ? "#000" : "#fff"),
+    line: of("--jp-border-color2", dark ? "#444" : "#ddd"),
+    font: of("--jp-ui-font-family", "system-ui, sans-serif"),
+    grid: dark ? "rgba(255,255,255,0.08)" : "rgba(0,0,0,0.07)",
+    ink: dark
+      ? ["#6ea8fe", "#f2b24c", "#5fcfb2", "#f28b82", "#c39bf5", "#9ad06b"]
+      : ["#2f6bd8", "#d17a00", "#1a8f76", "#cf4b41", "#7d4fc4", "#54862a"],
+  };
+}
+
+function faded(colour, alpha) {
+  const n = parseInt(colour.slice(1), 16);
+  return `rgba(${n >> 16},${(n >> 8) & 255},${n & 255},${alpha})`;
+}
+
+function layoutOf(colours, extra = {}) {
+  const { xaxis, yaxis, ...rest } = extra;
+  const axis = {
+    color: colours.soft,
+    gridcolor: colours.grid,
+    linecolor: colours.line,
+    zeroline: false,
+    ticks: "",
+    tickfont: { size: 11 },
+    title: { font: { size: 11 }, standoff: 6 },
+    fixedrange: false,
+    automargin: true,
+  };
+  const join = (own) => ({ ...axis, ...own, title: { ...axis.title, ...own?.title } });
+  return {
+    autosize: true,
+    margin: { l: 8, r: 8, t: 8, b: 8 },
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: colours.font, size: 11, color: colours.soft },
+    showlegend: false,
+    dragmode: "zoom",
+    hoverlabel: {
+      bgcolor: colours.raised,
+      bordercolor: colours.line,
+      font: { family: colours.font, size: 12, color: colours.text },
+      align: "left",
+      namelength: -1,
+    },
+    xaxis: join({ showgrid: false, ...xaxis }),
+    yaxis: join(yaxis),
+    ...rest,
+  };
+}
+
+const CONFIG = { displayModeBar: false, displaylogo: false, responsive: false, doubleClick: "reset" };
+
+// A gentle exponential average that ignores gaps and starts unbiased.
+function smoothed(values, weight) {
+  let sum = 0;
+  let norm = 0;
+  return values.map((v) => {
+    if (v === null) return null;
+    sum = weight * sum + (1 - weight) * v;
+    norm = weight * norm + (1 - weight);
+    return sum / norm;
+  });
+}
+
+function compact(value) {
+  if (value === null || value === undefined || !Number.isFinite(value)) return "–";
+  const size = Math.abs(value);
+  if (size !== 0 && (size < 1e-3 || size >= 1e5)) return value.toExponential(2);
+  return value.toLocaleString("en", { maximumSignificantDigits: 4 });
+}
+
+// One plot or several: `draw(name)` draws one; painter.touch(name) asks for it.
+class Painter {
+  constructor(el, draw, { signal, report }) {
+    this.el = el;
+    this.draw = draw;
+    this.report = report;
+    this.dirty = new Set();
+    this.all = new Set();
+    this.times = [];
+    this.last = 0;
+    this.timer = null;
+    this.visible = true;
+    this.busy = false;
+    const watch = new MutationObserver(() => this.touch(...this.all));
+    watch.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-jp-theme-name"] });
+    const resize = new ResizeObserver(() => this.touch(...this.all));
+    resize.observe(el);
+    const sight = new IntersectionObserver(([entry]) => {
+      this.visible = entry.isIntersecting;
+      if (this.visible) this.schedule();
+    });
+    sight.observe(el);
+    const reporter = setInterval(() => this.flushReport(), 2000);
+    signal?.addEventListener("abort", () => {
+      for (const observer of [watch, resize, sight]) observer.disconnect();
+      clearInterval(reporter);
+      clearTimeout(this.timer);
+      this.dirty.clear();
+      this.gone = true;
+    });
+  }
+
+  touch(...names) {
+    for (const name of names) {
+      this.dirty.add(name);
+      this.all.add(name);
+    }
+    this.schedule();
+  }
+
+  schedule() {
+    if (this.timer !== null || this.busy || !this.dirty.size || !this.visible || this.gone) return;
+    const wait = Math.max(0, this.last + FRAME_MS - performance.now());
+    this.timer = setTimeout(() => requestAnimationFrame(() => this.paint()), wait);
+  }
+
+  async paint() {
+    this.timer = null;
+    if (this.gone || !this.el.isConnected || this.el.clientWidth === 0) return;
+    this.busy = true;
+    await plotlyReady();
+    const names = [...this.dirty];
+    this.dirty.clear();
+    const began = performance.now();
+    this.last = began;
+    try {
+      for (const name of names) await this.draw(name);
+    } catch (error) {
+      console.error("[workbench]", error);
+    }
+    if (names.length) this.times.push(performance.now() - began);
+    this.busy = false;
+    this.schedule();
+  }
+
+  flushReport() {
+    if (!this.times.length || !this.report) return;
+    this.report(this.times.map((t) => Math.round(t * 10) / 10));
+    this.times = [];
+  }
+}
