@@ -1,0 +1,38 @@
+"""Smaller and faster models: ``prune(model, PruneConfig(), example)``, ``quantize(model, QuantConfig(), data)``.
+
+Each verb returns a new model and leaves the given one as it is. Names are imported when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from workbench.compress.compilation import compiled
+    from workbench.compress.config import CRITERIA, PruneConfig, QuantConfig
+    from workbench.compress.pruning import ChannelPruner, prune
+    from workbench.compress.quantization import Quantizer, quantize
+
+__all__ = ["CRITERIA", "ChannelPruner", "PruneConfig", "QuantConfig", "Quantizer", "compiled", "prune", "quantize"]
+
+_HOMES = {
+    "CRITERIA": "config",
+    "PruneConfig": "config",
+    "QuantConfig": "config",
+    "ChannelPruner": "pruning",
+    "prune": "pruning",
+    "Quantizer": "quantization",
+    "compiled": "compilation",
+    "quantize": "quantization",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

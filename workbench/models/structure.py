@@ -1,0 +1,34 @@
+"""What a model is made of, beyond its weights: enough to build it again without pickle.
+
+A model built or changed by the workbench carries a :class:`Structure` as the plain attribute ``model.structure``. It
+survives ``copy.deepcopy`` and travels in the ``structure.json`` beside the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How to rebuild a model: a factory, then the changes made to what it returned, in order."""
+
+    model: dict[str, Any] | None = None
+    """The resolved ``ModelConfig`` as JSON values; None for a module that the workbench didn't build."""
+    transforms: list[dict[str, Any]] = field(default_factory=list)
+    """One record a change, oldest first; ``record["kind"]`` names who replays it."""
+
+    def then(self, transform: dict[str, Any]) -> Structure:
+        """This structure with one more change; the given one stays as it is."""
+        return Structure(copy.deepcopy(self.model), [*copy.deepcopy(self.transforms), transform])
+
+
+def structure_of(model: nn.Module) -> Structure:
+    """The structure that ``model`` carries, or an empty one for a module from elsewhere."""
+    found = getattr(model, "structure", None)
+    return found if isinstance(found, Structure) else Structure()
