@@ -23,6 +23,7 @@ from typing import Any
 import anywidget
 import numpy as np
 import traitlets
+from ipywidgets import Widget
 
 from widgets.frames import Frame, Line
 from workbench.errors import ConfigError, unknown
@@ -64,6 +65,16 @@ def is_static() -> bool:
     return not _seen_page
 
 
+def answer_while_busy(widget: Widget) -> None:
+    """Let the page's messages to ``widget`` be handled on a thread of their own even while a cell runs.
+
+    ipykernel 7 can do that ("subshells"), but since 7.1 it sends the answers to a widget made by a cell back to the thread that
+    runs cells, where they wait for the cell's end. Where that routing is absent this does nothing.
+    """
+    if hasattr(widget.comm, "_reply_subshell_for"):
+        widget.comm._reply_subshell_for = lambda _data, asked: asked  # type: ignore[union-attr]
+
+
 @dataclass
 class Stats:
     """What a live widget costs. ``redraw_ms`` is measured in the page."""
@@ -95,6 +106,7 @@ class PlotlyLoader(anywidget.AnyWidget):
         self.sent = 0
         self._heard = threading.Event()
         super().__init__()
+        answer_while_busy(self)
         self.on_msg(self._answer)
         # A page that cannot reach the kernel while a cell blocks it gets plotly.js unasked.
         timer = threading.Timer(self.GRACE, lambda: self._heard.is_set() or self._give())
@@ -152,6 +164,11 @@ class LiveWidget(anywidget.AnyWidget):
     def open(self) -> None:
         if not self.static:  # a static view opens no comm, so that nothing of it is stored with the notebook's widgets
             super().open()
+            answer_while_busy(self)
+
+    def close(self) -> None:
+        super().close()
+        self.__dict__.pop("_repr_mimebundle_", None)  # ipywidgets disables it; a closed plot still shows its static view
 
     def _changes(self, frame: Frame, whole: bool) -> None:
         raise NotImplementedError

@@ -95,14 +95,15 @@ function follow(model) {
   const store = new Store();
   let asked = 0;
   const ask = () => {
-    if (performance.now() - asked < 1000) return;
+    if (asked && performance.now() - asked < 1000) return;
     asked = performance.now();
     model.send({ kind: "hello" });
   };
   model.on("msg:custom", (content, buffers) => {
     if (content.kind === "frame" && !store.receive(content, buffers)) ask();
   });
-  ask();
+  // The first question may wait behind a running cell; a later one goes to a thread of its own.
+  for (const delay of [0, 2000, 6000]) setTimeout(() => store.sequence === null && ask(), delay);
   return store;
 }
 
