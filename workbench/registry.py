@@ -99,6 +99,21 @@ class Registry(Mapping[str, Entry]):
         return pd.DataFrame([{"name": name, **entry.card} for name, entry in sorted(self._entries.items())])
 
 
+def find_source(name: str, root: Path | None) -> str:
+    """``name`` with its file or folder taken from the run folder ``root``, where there is a copy of it.
+
+    A run keeps the Python files it was given in ``source/``; those count, however the originals change later.
+    """
+    location, colon, attribute = name.partition(":")
+    if root is None:
+        return name
+    candidates = [root / "source" / Path(location).name] if location.endswith(".py") else []
+    if "/" in location and not Path(location).is_absolute():
+        candidates.append(root / location)
+    found = next((candidate for candidate in candidates if candidate.exists()), None)
+    return f"{found}{colon}{attribute}" if found is not None else name
+
+
 def load_object(path: str) -> Any:
     """Import ``"package.module:attribute"`` or ``"path/to/file.py:attribute"``.
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 from workbench.data.cards import card_names, read_card
 from workbench.data.config import DataConfig
 from workbench.errors import DataError
-from workbench.registry import load_object
+from workbench.registry import find_source, load_object
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,7 @@ def load_splits(config: DataConfig, given: Any = None, *, root: Path | None = No
             load_object(card.loader)(**config.args), classes=card.classes, mean=card.mean, std=card.std, augment=card.augment
         )
     else:
-        name = config.name
-        if root is not None and (root / name.partition(":")[0]).exists():
-            name = str(root / name)
-        splits = as_splits(load_object(name)(**config.args), config.name)
+        splits = as_splits(load_object(find_source(config.name, root))(**config.args), config.name)
     if config.limit is not None:
         splits = replace(splits, train=_first(splits.train, config.limit))
     if len(splits.train) == 0 or len(splits.eval) == 0:  # type: ignore[arg-type]

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from workbench.errors import ConfigError, ModelError, WorkbenchError
 from workbench.models.config import MODELS, ModelConfig
-from workbench.models.structure import Structure
-from workbench.registry import load_object
+from workbench.models.structure import Structure, structure_of
+from workbench.registry import find_source, load_object
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["MODELS", "ModelConfig", "Structure", "build_model"]
+__all__ = ["MODELS", "ModelConfig", "Structure", "build_model", "structure_of"]
 
 
 def build_model(config: ModelConfig, *, root: Path | None = None) -> nn.Module:
@@ -31,9 +31,7 @@ def build_model(config: ModelConfig, *, root: Path | None = None) -> nn.Module:
         ConfigError: unknown name, or arguments that the factory does not take.
         ModelError: the factory failed.
     """
-    name = config.name
-    if root is not None and (root / name.partition(":")[0]).exists():
-        name = str(root / name)
+    name = find_source(config.name, root)
     if ":" not in name and Path(name).is_dir():
         # By name: reading saved models lies in a later layer.
         model: nn.Module = load_object("workbench.artefact:load_model")(Path(name))

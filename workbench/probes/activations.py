@@ -1,0 +1,145 @@
+"""Distributions of layers' outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from workbench.probes.base import EDGES, Probe, StepContext, count_nonfinite
+from workbench.probes.config import ProbeConfig
+
+SAMPLE = 4096
+"""Elements of a layer's output that its histogram counts; of larger outputs a strided sample. A bin that holds a share p of the
+values then has a standard error of about sqrt(p (1 - p) / 4096), at most 0.8 points."""
+
+_SKIPPED = (nn.Dropout, nn.Dropout2d, nn.Identity, nn.Flatten)
+
+
+class ActivationProbe(Probe):
+    """By leaf layer: count, mean, standard deviation, smallest, largest, share of zeros, non-finite elements, histogram.
+
+    Scalars are exact, summed in float64 over every element and micro-step of this rank's share; the histogram counts a strided
+    sample of the last micro-batch. Hooks are installed before compilation and traced with the model: a step that reads runs a
+    second compiled graph, steps that don't read pay nothing.
+    """
+
+    kind = "activations"
+
+    def __init__(self, config: ProbeConfig) -> None:
+        super().__init__(config)
+        self.active = False
+
+    def attach(self, model: nn.Module) -> Callable[[], None]:
+        layers = [
+            (name, module)
+            for name, module in model.named_modules()
+            if not any(module.children()) and not isinstance(module, _SKIPPED) and self.wants(name)
+        ]
+        self._names = [name or type(model).__name__ for name, _ in layers]
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._sums = torch.zeros(len(layers), 5, dtype=torch.float64, device=device)
+        self._extremes = torch.zeros(len(layers), 2, dtype=torch.float64, device=device)
+        self._samples = torch.zeros(len(layers), SAMPLE, device=device)
+        self._edges = torch.tensor(EDGES[1:-1], device=device)
+        handles = [module.register_forward_hook(self._hook(row)) for row, (_, module) in enumerate(layers)]
+
+        def detach() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return detach
+
+    def arm(self) -> None:
+        super().arm()
+        self._sums.zero_()
+        self._extremes[:, 0] = float("inf")
+        self._extremes[:, 1] = -float("inf")
+        self._samples.fill_(float("nan"))
+        self.active = True
+
+    def _hook(self, row: int) -> Callable[[nn.Module, Any, Any], None]:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            # A plain attribute: the compiler guards on its value and keeps one graph with readings, one without.
+            if self.active:
+                value = output if isinstance(output, Tensor) else _first_tensor(output)
+                if value is not None:
+                    self._record(row, value.detach())
+
+        return record
+
+    def _record(self, row: int, value: Tensor) -> None:
+        count = value.numel()
+        if count == 0 or not value.is_floating_point():
+            return
+        total = value.sum(dtype=torch.float64)
+        norm = torch.linalg.vector_norm(value, dtype=torch.float64)
+        zeros = count - torch.count_nonzero(value)
+        self._sums[row] += torch.stack(
+            [torch.full_like(total, count), total, norm * norm, zeros.double(), count_nonfinite(value).double()]
+        )
+        low, high = torch.aminmax(value)
+        self._extremes[row, 0] = torch.minimum(self._extremes[row, 0], low.double())
+        self._extremes[row, 1] = torch.maximum(self._extremes[row, 1], high.double())
+        flat = _in_memory_order(value)
+        stride = sample_stride(value)
+        sample = flat[::stride][:SAMPLE]
+        self._samples[row, : sample.numel()] = sample.float()
+
+    @torch.no_grad()
+    def read(self, context: StepContext) -> Tensor | None:
+        """float64 [layers, 7 + bins]: the sums, the extremes, the counts of the bins."""
+        self.active = False
+        bins = len(EDGES) - 1
+        place = torch.bucketize(self._samples, self._edges, right=True)
+        place = torch.where(self._samples.isnan(), bins, place)  # unfilled, or not a number: counted nowhere
+        counts = torch.zeros(len(self._names), bins + 1, dtype=torch.float64, device=place.device)
+        counts.scatter_add_(1, place, torch.ones_like(place, dtype=torch.float64))
+        return torch.cat([self._sums, self._extremes, counts[:, :bins]], dim=1)
+
+    def table(self, step: int, values: npt.NDArray[Any]) -> dict[str, Any]:
+        seen = values[:, 0] > 0  # a layer that the step did not reach has nothing to tell
+        names = [name for name, present in zip(self._names, seen, strict=True) if present]
+        count, total, square, zeros, nonfinite, low, high = values[seen, :7].T
+        mean = total / count
+        return {
+            "step": [step] * len(names),
+            "layer": names,
+            "count": count.astype(np.int64),
+            "mean": mean,
+            "std": np.sqrt(np.maximum(square / count - mean * mean, 0.0)),
+            "min": low,
+            "max": high,
+            "zeros": zeros / count,
+            "nonfinite": nonfinite.astype(np.int64),
+            "histogram": list(values[seen, 7:].astype(np.int32)),
+        }
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    """The first tensor of a tuple, list or dict of outputs (an LSTM's output sequence, say)."""
+    members = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
+    return next((member for member in members if isinstance(member, Tensor)), None)
+
+
+def _in_memory_order(value: Tensor) -> Tensor:
+    """The elements as [N], without a copy for contiguous and channels-last tensors."""
+    if value.ndim == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last):
+        value = value.permute(0, 2, 3, 1)
+    return value.reshape(-1)
+
+
+def sample_stride(value: Tensor) -> int:
+    """Step between sampled elements: spreads the sample over the whole, and shares no factor with any dimension.
+
+    A step that shares a factor with the number of channels would see some channels only.
+    """
+    stride = max(1, value.numel() // SAMPLE)
+    while stride > 1 and any(size > 1 and math.gcd(stride, size) > 1 for size in value.shape):
+        stride -= 1
+    return stride

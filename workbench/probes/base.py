@@ -1,0 +1,80 @@
+"""What a probe is, and the bin edges that all histograms share.
+
+A probe reads on some steps. It leaves a small tensor on the device; :class:`workbench.probes.ProbeSet` brings it to the host
+by one asynchronous copy and hands it back to :meth:`Probe.table`. A new probe is one class under one name in ``PROBES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from workbench.probes.config import ProbeConfig
+
+_MAGNITUDES = tuple(2.0 ** (exponent / 2) for exponent in range(-32, 33))
+EDGES: tuple[float, ...] = (-float("inf"), *(-m for m in reversed(_MAGNITUDES)), *_MAGNITUDES, float("inf"))
+"""Edges of the histogram bins: ± 2^(k/2) from 2^-16 to 2^16 and ± infinity. The middle bin holds what is closer to zero;
+bins are closed below. Fixed for all layers, steps and ranks, so that counts merge by addition."""
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a probe may need of the step it reads.
+
+    Attributes:
+        step: optimizer steps completed once this one is.
+        scale: factor by which gradients are too large (loss scaling), a scalar tensor, or None.
+    """
+
+    step: int
+    scale: Tensor | None = None
+
+
+class Probe:
+    """Base of probes.
+
+    Args:
+        config: how often, and which layers.
+    """
+
+    kind: str = ""
+
+    def __init__(self, config: ProbeConfig) -> None:
+        self.config = config
+        self.armed = False
+
+    def wants(self, name: str) -> bool:
+        """Whether the layer filter takes ``name``."""
+        return any(fnmatchcase(name, pattern.strip()) for pattern in self.config.layers.split(","))
+
+    def attach(self, model: nn.Module) -> Callable[[], None]:
+        """Hook into the model, before it is compiled or wrapped; returns the detach."""
+        return lambda: None
+
+    def arm(self) -> None:
+        """The coming step is to be read."""
+        self.armed = True
+
+    def read(self, context: StepContext) -> Tensor | None:
+        """After the backward pass, before the update: what was read, on the device; None when there is nothing."""
+        return None
+
+    def table(self, step: int, values: npt.NDArray[Any]) -> dict[str, Any]:
+        """Columns of the readings, from the host's copy of what :meth:`read` gave."""
+        raise NotImplementedError(f"{type(self).__name__} must say how its readings are tabled.")
+
+
+def host_array(value: Tensor) -> npt.NDArray[Any]:
+    return np.asarray(value.detach().cpu() if value.device.type != "cpu" else value.detach())
+
+
+def count_nonfinite(value: Tensor) -> Tensor:
+    """Number of NaN and infinite elements, a scalar int64 tensor."""
+    return torch.isfinite(value).logical_not_().sum()

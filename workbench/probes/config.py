@@ -1,0 +1,41 @@
+"""What to read of a model while it trains, and how often."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from workbench.config import Config, hint
+from workbench.registry import Registry
+
+PROBES = Registry(
+    "probe",
+    {
+        "gradients": "workbench.probes.gradients:GradientProbe",
+        "activations": "workbench.probes.activations:ActivationProbe",
+        "memory": "workbench.probes.memory:MemoryProbe",
+    },
+)
+"""Probe classes: called with a :class:`ProbeConfig`."""
+
+
+class ProbeConfig(Config):
+    """One probe."""
+
+    every: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        "auto", description="Read once in so many optimizer steps; 0 never; auto: as often as costs little (see resolved.yaml)."
+    )
+    layers: str = Field("*", description="Names of the layers to read, as a shell pattern, e.g. 'stages.2.*'; several separated by commas.")
+
+
+class ProbesConfig(Config):
+    """The Inspector's sources."""
+
+    gradients: ProbeConfig = Field(ProbeConfig(), description="Gradient and weight norms by parameter.")
+    activations: ProbeConfig = Field(ProbeConfig(), description="Distribution of each layer's output.")
+    memory: ProbeConfig = Field(ProbeConfig(), description="Memory of each rank.")
+    more: dict[str, ProbeConfig] = Field({}, description="Further registered probes by name.", json_schema_extra=hint(advanced=True))
+
+    def by_name(self) -> dict[str, ProbeConfig]:
+        return {"gradients": self.gradients, "activations": self.activations, "memory": self.memory, **self.more}

@@ -1,0 +1,93 @@
+"""Training: :func:`train` here and now, :func:`prepare` a folder for :func:`workbench.launch`.
+
+Both run :func:`workbench.training.session.execute` on a run folder.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from workbench import launcher
+from workbench.errors import RunError
+from workbench.run import Run
+from workbench.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["TrainConfig", "TrainResult", "prepare", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training gave.
+
+    Attributes:
+        run: the run folder.
+        model: the trained module, on the device it was trained on, in evaluation mode.
+        metrics: of the last evaluation, e.g. ``{"val_loss": 0.08, "accuracy": 0.98}``.
+    """
+
+    run: Run
+    model: nn.Module
+    metrics: dict[str, float]
+
+
+def train(
+    config: TrainConfig,
+    *,
+    model: nn.Module | None = None,
+    data: Any = None,
+    root: str | os.PathLike[str] | None = None,
+    replay: list[tuple[int, str, dict[str, float]]] | None = None,
+) -> TrainResult:
+    """Train in this process, and return when done.
+
+    Args:
+        config: what to train.
+        model: start from this module instead of building ``config.model``; it is copied, and stays as it is.
+        data: ``workbench.data.Splits``, a pair (train, eval) of torch datasets or one torch dataset, in place of ``config.data``.
+        root: parent of the run folder; by default ``WORKBENCH_RUNS``.
+        replay: commands to apply after given steps, e.g. ``[(120, "set", {"lr": 0.01})]``, as ``repro.py`` gives them.
+
+    Raises:
+        WorkbenchError: in words; the run folder says the same.
+    """
+    from workbench.training.control import Command
+    from workbench.training.session import execute
+
+    run = prepare(config, model=model, root=root)
+    attempt = launcher.claim(run.path, 1)
+    commands = [(step, Command(name, settings)) for step, name, settings in replay or []]
+    trainer = execute(run, attempt, data=data, replay=commands)
+    return TrainResult(run, trainer.model, trainer.metrics)
+
+
+def prepare(config: TrainConfig, *, model: nn.Module | None = None, root: str | os.PathLike[str] | None = None) -> Run:
+    """A run folder, ready to be started.
+
+    Args:
+        config: what to train.
+        model: stored in the folder as the model to start from.
+        root: parent of the folder.
+
+    Raises:
+        RunError: a file that the config names is missing, or the model cannot be stored.
+    """
+    from workbench.training import repro
+    from workbench.training.session import copy_sources
+
+    if not isinstance(config, TrainConfig):
+        raise RunError(f"config is a {type(config).__name__}, not a TrainConfig.", "Build one: TrainConfig(data={'name': 'digits'}, …).")
+    if model is not None:
+        config = config.override({"model.name": "source/model"})
+    run = Run.create(config, label=config.title, root=root)
+    copy_sources(config, run.path)
+    if model is not None:
+        from workbench.artefact import save_model
+
+        save_model(model, run.path / "source" / "model")
+    repro.write_code(run.path, config)
+    return run

@@ -1,0 +1,177 @@
+"""Checkpoints: the whole state of a run after a step, in ``checkpoints/step-N``.
+
+Written by torch.distributed.checkpoint into ``step-N.tmp``, then fsync, then rename: a folder without ``.tmp`` is complete.
+``trainer.json`` beside it holds what is not a tensor. Reading needs pickle, so a checkpoint opens only from a folder that this
+user owns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
+
+from workbench.distributed import World, barrier
+from workbench.errors import RunError
+from workbench.storage import as_run_error, fsync_folder, fsync_tree, write_atomic
+
+
+def save(folder: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any], world: World, keep: int) -> Path:
+    """Write the checkpoint of ``step``; all ranks call it. Older ones beyond ``keep`` are removed.
+
+    Args:
+        folder: the run's ``checkpoints`` folder.
+        tensors: nested state of tensors, as :func:`training_state` gives it.
+        facts: JSON values.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
+    if world.main:
+        shutil.rmtree(temporary, ignore_errors=True)
+    barrier(world)
+    try:
+        with _alone_is_fine():
+            dcp.save(tensors, checkpoint_id=temporary, no_dist=world.size == 1)
+        if world.main:
+            write_atomic(temporary / "trainer.json", json.dumps(facts))
+            fsync_tree(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            fsync_folder(folder)
+            complete = sorted((p for p in folder.glob("step-*") if p.suffix != ".tmp"), key=lambda p: int(p.name[5:]))
+            for old in complete[:-keep]:
+                # Renamed first, so that a kill in the middle leaves no folder that looks complete.
+                doomed = old.with_suffix(".tmp")
+                os.replace(old, doomed)
+                shutil.rmtree(doomed)
+    except Exception as error:
+        cause = _disk_error(error)
+        if cause is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise as_run_error(cause, temporary) from error
+        raise
+    barrier(world)
+    return final
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind what the checkpoint writer raised, if it was one."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        wrapped = getattr(error, "failures", None)
+        if isinstance(wrapped, dict) and wrapped:
+            found = next((_disk_error(pair[0]) for pair in wrapped.values()), None)
+            if found is not None:
+                return found
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """Silence the checkpoint library's remark that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def check_owner(path: Path, *, trust: bool = False) -> None:
+    """Refuse a checkpoint that another user wrote, unless trusted: it holds pickled code.
+
+    Raises:
+        RunError: the folder belongs to another user.
+    """
+    if trust or not hasattr(os, "getuid") or path.stat().st_uid == os.getuid():
+        return
+    raise RunError(
+        f"The checkpoint {path} belongs to another user, and opening one can run code.",
+        "Pass trust=True if you trust its author.",
+    )
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The JSON values of a checkpoint."""
+    facts: dict[str, Any] = json.loads((path / "trainer.json").read_bytes())
+    return facts
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor], world: World) -> dict[str, Any]:
+    """Model, optimizer, this rank's random states, and further tensors, as one nested state."""
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "random": {f"rank-{world.rank}": random_state(world.device)},
+        "extra": extra,
+    }
+
+
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Load a checkpoint into model, optimizer and random generators; all ranks call it.
+
+    Ranks that the checkpoint does not know keep the random states they have.
+
+    Returns:
+        The further tensors, by name.
+    """
+    check_owner(path)
+    reader = dcp.FileSystemReader(path)
+    known = reader.read_metadata().state_dict_metadata
+    state: dict[str, Any] = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "extra": {name: value for name, value in extra.items() if f"extra.{name}" in known},
+    }
+    mine = f"rank-{world.rank}"
+    if any(key.startswith(f"random.{mine}.") for key in known):
+        state["random"] = {mine: random_state(world.device)}
+    with _alone_is_fine():
+        dcp.load(state, storage_reader=reader, no_dist=world.size == 1)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    if "random" in state:
+        set_random_state(state["random"][mine], world.device)
+    found: dict[str, Tensor] = state["extra"]
+    return found
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """States of every generator that training may draw from, as tensors."""
+    _, key, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - the global generator is what users draw from
+    version, words, gauss_next = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.concatenate([key.astype(np.int64), [position, has_gauss]])),
+        "numpy_gauss": torch.tensor([gauss], dtype=torch.float64),
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_gauss": torch.tensor([float("nan") if gauss_next is None else gauss_next], dtype=torch.float64),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Give the generators the states that :func:`random_state` read."""
+    torch.set_rng_state(state["torch"])
+    words = state["numpy"].numpy()
+    gauss = float(state["numpy_gauss"])
+    np.random.set_state(("MT19937", words[:-2].astype(np.uint32), int(words[-2]), int(words[-1]), gauss))  # noqa: NPY002
+    pending = float(state["python_gauss"])
+    random.setstate((3, tuple(state["python"].tolist()), None if pending != pending else pending))
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

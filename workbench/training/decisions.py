@@ -1,0 +1,74 @@
+"""What ``auto`` becomes: decided once per run, written to ``resolved.yaml`` with the reason, reused when the run goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from workbench.errors import DeviceError
+from workbench.storage import write_atomic
+from workbench.training.config import TrainConfig
+
+
+@dataclass
+class Decisions:
+    """Values by dotted setting, each with its reason."""
+
+    made: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def decide(self, name: str, value: Any, reason: str) -> Any:
+        """``value``, or what was decided before under this name."""
+        return self.made.setdefault(name, {"value": value, "reason": reason})["value"]
+
+    def write(self, folder: Path) -> None:
+        write_atomic(folder / "resolved.yaml", yaml.safe_dump(self.made, sort_keys=False))
+
+
+def decide_precision(config: TrainConfig, device: torch.device, decisions: Decisions) -> str:
+    """The precision of the run.
+
+    Raises:
+        DeviceError: this device cannot compute in the precision asked for.
+    """
+    wanted = config.precision
+    if device.type == "cpu":
+        if wanted == "tf32":
+            raise DeviceError("precision='tf32' needs an NVIDIA GPU of compute capability 8.0 or above.", "Take fp32 or bf16 on a CPU.")
+        if wanted == "fp16":
+            raise DeviceError("precision='fp16' trains on CUDA only: CPUs have no fast fp16 arithmetic.", "Take bf16 or fp32.")
+        if wanted == "auto":
+            return str(decisions.decide("precision", "fp32", "on a CPU fp32 is exact and never slower than emulated bf16"))
+        return wanted
+    if wanted == "bf16" and not torch.cuda.is_bf16_supported():
+        raise DeviceError(f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic.", "Take fp16 or fp32.")
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_bf16_supported():
+        return str(decisions.decide("precision", "bf16", "this GPU has bf16 tensor cores, and bf16 needs no loss scaling"))
+    return str(decisions.decide("precision", "fp16", "this GPU has no bf16"))
+
+
+def decide_compile(config: TrainConfig, device: torch.device, total_steps: int, decisions: Decisions) -> str:
+    """The mode of torch.compile, or ``off``."""
+    if config.compile != "auto":
+        return config.compile
+    if device.type == "cuda" and total_steps >= 2000:
+        return str(decisions.decide("compile", "default", f"{total_steps} steps on a GPU pay for a minute of compilation"))
+    return str(decisions.decide("compile", "off", f"{total_steps} steps on {device.type} do not pay for compilation"))
+
+
+def decide_every(name: str, every: int | str, device: torch.device, total_steps: int, decisions: Decisions) -> int:
+    """Steps between two readings of a probe."""
+    if every != "auto":
+        return int(every)
+    setting = f"probes.{name}.every"
+    spread = max(1, total_steps // 200)
+    if name == "memory":
+        return int(decisions.decide(setting, spread if device.type == "cpu" else max(10, spread), "counters on the host cost nothing"))
+    if device.type == "cuda":
+        return int(decisions.decide(setting, max(100, spread), "on a GPU one reading in 100 steps costs under 2 % of the time"))
+    return int(decisions.decide(setting, max(spread, 1), f"about 200 readings over {total_steps} steps"))

@@ -1,0 +1,105 @@
+"""What a trainer writes into its run folder: events, readings, signs of life."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from workbench import events, launcher, storage
+from workbench.errors import WorkbenchError
+
+_RESERVE = 1 << 16
+
+
+class Recorder:
+    """Writer of one rank for one attempt.
+
+    Events are on disk when :meth:`emit` returns. Readings are gathered and written twice a second by a thread, which also
+    keeps rank 0's heartbeat. A small reserve file leaves room to say why a run ended when the disk is full.
+    """
+
+    def __init__(self, folder: Path, attempt: int, rank: int) -> None:
+        self.folder, self.attempt, self.rank = folder, attempt, rank
+        self._journal = storage.Journal(folder / "events" / f"rank-{rank:05d}.jsonl")
+        self._segments = storage.SegmentWriter(folder / "readings", attempt, rank)
+        self._process = launcher.Process.current()
+        self._step, self._step_time = 0, time.time()
+        self._waiting: dict[str, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+        self._lock = threading.Lock()
+        self._flushing = threading.Lock()
+        self._error: Exception | None = None
+        self._closing = threading.Event()
+        self._reserve = folder / "logs" / f".reserve-{rank}"
+        storage.write_atomic(self._reserve, bytes(_RESERVE), durable=False)
+        self._beat()
+        self._thread = threading.Thread(target=self._keep, name=f"workbench-recorder-{rank}", daemon=True)
+        self._thread.start()
+
+    def emit(self, event: events.Event) -> None:
+        """Append an event; on disk for good when it is of a durable kind.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        stamped = event.model_copy(update={"attempt": self.attempt})
+        try:
+            self._journal.append(stamped.model_dump_json(), durable=stamped.durable)
+        except WorkbenchError:
+            self._reserve.unlink(missing_ok=True)
+            raise
+
+    def progressed(self, step: int) -> None:
+        """``step`` optimizer steps have been issued."""
+        self._step, self._step_time = step, time.time()
+        if self._error is not None:
+            raise self._error
+
+    def reading(self, kind: str, step: int, columns: dict[str, Any]) -> None:
+        """Take in a reading, to be written within half a second."""
+        with self._lock:
+            self._waiting[kind].append((step, columns))
+
+    def flush(self, *, durable: bool = False) -> None:
+        """Write the readings taken in so far; with ``durable``, events survive a power cut too."""
+        import pyarrow as pa
+
+        with self._flushing:
+            with self._lock:
+                waiting, self._waiting = self._waiting, defaultdict(list)
+            for kind, parts in waiting.items():
+                tables = [pa.table(columns) for _, columns in parts]
+                self._segments.write(kind, pa.concat_tables(tables), parts[0][0])
+        if durable:
+            self._journal.sync()
+
+    def close(self) -> None:
+        """Write what waits and end the thread."""
+        self._closing.set()
+        self._thread.join()
+        with contextlib.suppress(WorkbenchError, OSError):
+            self.flush()
+            self._beat()
+        self._journal.close()
+        self._reserve.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        if self.rank == 0:
+            launcher.Heartbeat(self._process, time.time(), self.attempt, self._step, self._step_time).write(self.folder)
+
+    def _keep(self) -> None:
+        """The thread: an error here is raised in the trainer at its next step."""
+        beats = 0
+        while not self._closing.wait(0.5):
+            beats += 1
+            try:
+                self.flush()
+                if beats % 2 == 0:
+                    self._beat()
+            except Exception as error:
+                self._reserve.unlink(missing_ok=True)
+                self._error = error
+                return

@@ -1,0 +1,241 @@
+"""One attempt at a run, from its folder: build everything, train, save, and say how it ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from workbench import events
+from workbench.artefact import save_model
+from workbench.data.batches import Batches, Shard, Target, derive_seed
+from workbench.data.splits import Splits, load_splits
+from workbench.distributed import World, barrier, process_group
+from workbench.errors import MemoryExhausted, ModelError, RunError, WorkbenchError
+from workbench.losses import check_output, make_loss
+from workbench.models import build_model
+from workbench.probes import PROBES, Probe, ProbeSet
+from workbench.run import Run
+from workbench.training import decisions, repro
+from workbench.training.checkpoint import random_state, set_random_state
+from workbench.training.config import TrainConfig
+from workbench.training.control import Command, Control
+from workbench.training.precision import Precision
+from workbench.training.recorder import Recorder
+from workbench.training.trainer import Trainer
+
+
+def execute(run: Run, attempt: int, *, data: Any = None, replay: list[tuple[int, Command]] | None = None) -> Trainer:
+    """Carry out attempt number ``attempt`` at a run, in this process as one rank of its group.
+
+    Every way it can end is said in the run folder: finished, stopped, or failed with the error in words.
+
+    Args:
+        data: splits or torch datasets in place of the config's data.
+        replay: commands to apply after given steps.
+
+    Raises:
+        WorkbenchError: whatever failed, in words.
+    """
+    config: TrainConfig = run.config
+    with process_group(config.device) as world:
+        recorder = Recorder(run.path, attempt, world.rank)
+        control = Control(run.path, world, replay)
+        trainer: Trainer | None = None
+        try:
+            with _flags(config), _interruptible(control):
+                trainer = _build(config, run, recorder, control, world, data)
+                trainer.fit()
+                _finish(trainer, run, recorder, world)
+            return trainer
+        except BaseException as error:
+            step = trainer.step if trainer else 0
+            said = in_words(error, config)
+            recorder_said = events.Failed(
+                step=step, error=type(said).__name__, message=str(said) or repr(said), traceback=traceback.format_exc()
+            )
+            with suppress(WorkbenchError, OSError):
+                recorder.emit(recorder_said)
+            if said is error:
+                raise
+            raise said from error
+        finally:
+            control.close()
+            recorder.close()
+
+
+def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, world: World, data: Any) -> Trainer:
+    decided = decisions.Decisions(run.resolved)
+    splits = load_splits(config.data, data, root=run.path)
+    precision = Precision(decisions.decide_precision(config, world.device, decided), world.device)
+    torch.manual_seed(derive_seed(config.seed))
+    model = build_model(fit_to_data(config, splits), root=run.path)
+    images = len(splits.sample_shape) == 3
+    channels_last = config.channels_last and images
+    model.to(world.device)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    shard = Shard(world.rank, world.size, config.accumulate)
+    target = Target(world.device, precision.dtype, channels_last)
+    batches = Batches(splits, config.data, shard, target, config.seed)
+    total_steps = min(config.epochs * batches.steps_per_epoch, config.max_steps or 10**12)
+    _check_model(model, batches, config, precision)
+
+    probes: dict[str, tuple[Probe, int]] = {}
+    for name, wanted in config.probes.by_name().items():
+        every = decisions.decide_every(name, wanted.every, world.device, total_steps, decided)
+        probes[name] = (PROBES.create(name, wanted), every)
+    probe_set = ProbeSet(probes, recorder.reading)
+    probe_set.attach(model)
+    compile_mode = decisions.decide_compile(config, world.device, total_steps, decided)
+    trainer = Trainer(config, model, batches, precision, compile_mode, probe_set, recorder, control, world)
+
+    torch.manual_seed(derive_seed(config.seed, world.rank))
+    if run.checkpoints:
+        trainer.restore(run.checkpoints[-1])
+    if world.main:
+        decided.write(run.path)
+        repro.write_environment(run.path, world)
+        recorder.emit(
+            events.AttemptStarted(
+                step=trainer.step,
+                total_steps=trainer.total_steps,
+                steps_per_epoch=batches.steps_per_epoch,
+                world_size=world.size,
+                device=_device_name(world.device),
+                parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            )
+        )
+    barrier(world)
+    return trainer
+
+
+def fit_to_data(config: TrainConfig, splits: Splits) -> Any:
+    """The model's config with classes and input channels filled in from the data."""
+    values = config.model.model_dump()
+    if values["num_classes"] is None:
+        values["num_classes"] = splits.num_classes
+    if values["in_channels"] is None and len(splits.sample_shape) == 3:
+        values["in_channels"] = splits.sample_shape[0]
+    return type(config.model)(**values)
+
+
+@torch.no_grad()
+def _check_model(model: nn.Module, batches: Batches, config: TrainConfig, precision: Precision) -> None:
+    """One small batch through model and loss before anything is compiled or trained."""
+    x, y, count = next(batches.evaluation())
+    x, y = (part[: min(2, count)] if isinstance(part, torch.Tensor) else part for part in (x, y))
+    model.eval()
+    try:
+        with precision.autocast():
+            output = model(x)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        shape = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ModelError(
+            f"The model {config.model.name!r} fails on an input of shape {shape}: {error}",
+            "Set model.in_channels or model.args to fit the data.",
+        ) from error
+    finally:
+        model.train()
+    check_output(make_loss(config.loss), output.float().cpu() if isinstance(output, torch.Tensor) else output, y.cpu(), config.loss.name)
+
+
+def _finish(trainer: Trainer, run: Run, recorder: Recorder, world: World) -> None:
+    trainer.probes.detach()
+    trainer.model.eval()
+    recorder.flush(durable=True)
+    if world.main:
+        repro.write_code(run.path, trainer.config, run.events)
+        if trainer.stopped and trainer.step < trainer.total_steps:
+            recorder.emit(events.Stopped(step=trainer.step))
+        else:
+            save_model(trainer.model, run.path)
+            recorder.emit(events.Finished(step=trainer.step, metrics=trainer.metrics))
+
+
+def in_words(error: BaseException, config: TrainConfig) -> BaseException:
+    """An error that says what to do, where we know; otherwise the error itself."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        more = config.accumulate * 2
+        advice = [f"accumulate={more} (halves the activations, same gradients)"]
+        if config.precision in ("fp32", "tf32"):
+            advice.append("precision=bf16")
+        if config.data.placement == "auto":
+            advice.append("data.placement=loader")
+        advice.append(f"data.batch_size={max(1, config.data.batch_size // 2)}")
+        short = text.split(". ")[0]
+        return MemoryExhausted(f"Out of memory with data.batch_size={config.data.batch_size}: {short}.", "Try " + ", or ".join(advice) + ".")
+    if isinstance(error, KeyboardInterrupt):
+        return RunError("Interrupted.", "resume() goes on from the last checkpoint.")
+    return error
+
+
+@contextmanager
+def _flags(config: TrainConfig) -> Iterator[None]:
+    """Process-wide switches and random generators, given back as they were: a notebook's kernel is not ours."""
+    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    generators = random_state(device)
+    benchmark, deterministic = torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    try:
+        yield
+    finally:
+        set_random_state(generators, device)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+
+
+@contextmanager
+def _interruptible(control: Control) -> Iterator[None]:
+    """The first Ctrl-C stops the run in order, after the present step; a second one interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        control.post("stop")
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def copy_sources(config: TrainConfig, folder: Path) -> None:
+    """Keep the Python files that the config names beside the run, so that later edits don't change what it was.
+
+    Raises:
+        RunError: a file is missing, or two of one name differ.
+    """
+    for name in (config.model.name, config.data.name, config.loss.name, config.optim.name):
+        path = Path(name.partition(":")[0])
+        if path.suffix != ".py":
+            continue
+        target = folder / "source" / path.name
+        if not path.is_file():
+            raise RunError(f"The file {str(path)!r}, named by {name!r}, does not exist.", "Check the path.")
+        if target.exists() and target.read_bytes() != path.read_bytes():
+            raise RunError(f"Two different files are named {path.name}.", "Rename one of them.")
+        target.write_bytes(path.read_bytes())

@@ -1,0 +1,270 @@
+"""The training loop.
+
+:class:`Trainer` holds a run's model, data and optimizer on one rank; :meth:`Trainer.fit` is the loop. What surrounds it has
+modules of its own: batches, precision, losses on their way to the host (:mod:`meter`), commands (:mod:`control`), checkpoints,
+probes, and what is written to the run folder (:mod:`recorder`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from workbench import events
+from workbench.data.batches import Batch, Batches
+from workbench.distributed import World, sum_over_ranks
+from workbench.errors import NonFiniteLoss
+from workbench.losses import make_loss
+from workbench.optim import AdaptiveGradientClipper, Schedule, make_optimizer
+from workbench.probes import ProbeSet, StepContext
+from workbench.training import checkpoint
+from workbench.training.config import TrainConfig
+from workbench.training.control import Command, Control
+from workbench.training.meter import Meter, Window
+from workbench.training.precision import Precision
+from workbench.training.recorder import Recorder
+
+
+class Trainer:
+    """A run on one rank.
+
+    Args:
+        config: of the run.
+        model: on the device, probes attached, not yet wrapped.
+        batches: this rank's.
+        precision, compile_mode: as decided.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        batches: Batches,
+        precision: Precision,
+        compile_mode: str,
+        probes: ProbeSet,
+        recorder: Recorder,
+        control: Control,
+        world: World,
+    ) -> None:
+        self.config, self.model, self.batches, self.precision = config, model, batches, precision
+        self.probes, self.recorder, self.control, self.world = probes, recorder, control, world
+        self.loss = make_loss(config.loss)
+        self.optimizer = make_optimizer(model, config.optim)
+        self.clipper = None if config.clip.mode == "off" else AdaptiveGradientClipper(config.clip.max_norm, config.clip.mode)
+        if compile_mode != "off":
+            model.compile(mode=None if compile_mode == "default" else compile_mode)
+        self.wrapped: nn.Module = model
+        if world.size > 1:
+            self.wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        planned = config.epochs * batches.steps_per_epoch
+        self.total_steps = min(planned, config.max_steps or planned)
+        self.schedule = Schedule(config.schedule, config.optim.lr, self.total_steps)
+        self.meter = Meter(config.log_every, world, self._report)
+        self.step = 0
+        self.metrics: dict[str, float] = {}
+        self.stopped = False
+        self._saved = -1
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed."""
+        return self.step // self.batches.steps_per_epoch
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train from the present step to the last, or until stopped."""
+        self.model.train()
+        self.meter.start()
+        while self.step < self.total_steps and not self.stopped:
+            for micro_batches in self.batches.epoch(self.epoch, start=self.step % self.batches.steps_per_epoch):
+                self.train_step(micro_batches)
+                self.boundary()
+                if self.stopped or self.step == self.total_steps:
+                    break
+        self.control.drain()
+        self.meter.flush()
+        self.probes.collect(wait=True)
+
+    def train_step(self, micro_batches: Iterable[Batch]) -> None:
+        """One optimizer step: forward and backward over the micro-batches, then the update. Nothing waits for the device."""
+        rate = self._set_rate()
+        self.probes.begin(self.step + 1)
+        total = torch.zeros((), device=self.world.device)
+        for index, (x, y) in enumerate(micro_batches, start=1):
+            with self._sync(last=index == self.config.accumulate):
+                with self.precision.autocast():
+                    loss = self.loss(self.wrapped(x), y) / self.config.accumulate
+                self.precision.backward(loss)
+            total += loss.detach()
+        self.probes.read(StepContext(self.step + 1, self.precision.scale))
+        with self.clipper or nullcontext():
+            self.precision.step(self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.meter.add(self.step, (self.step - 1) // self.batches.steps_per_epoch + 1, rate, total)
+
+    def boundary(self) -> None:
+        """Between two steps: what is due by step, by epoch, or on command."""
+        self.recorder.progressed(self.step)
+        commands = self.control.due(self.step)
+        for command in commands:
+            self.apply(command)
+        end_of_epoch = self.step % self.batches.steps_per_epoch == 0
+        last = self.step == self.total_steps
+        if last or (end_of_epoch and _due(self.epoch, self.config.eval_every)):
+            self.evaluate()
+        policy = self.config.checkpoint
+        if last or (end_of_epoch and _due(self.epoch, policy.every_epochs)) or _due(self.step, policy.every_steps):
+            self.save()
+
+    # -- commands -------------------------------------------------------------------------------------------------
+
+    def apply(self, command: Command) -> None:
+        """Carry out a command, after the same step on every rank."""
+        if command.name == "set":
+            if "lr" in command.settings:
+                self.schedule.set_rate(command.settings["lr"], self.step)
+            if "weight_decay" in command.settings:
+                for group in self.optimizer.param_groups:
+                    group["weight_decay"] = command.settings["weight_decay"] if group["weight_decay"] else 0.0
+        applied = events.CommandApplied.model_validate(
+            {"step": self.step, "id": command.id, "name": command.name, "settings": command.settings}
+        )
+        self._emit(applied)
+        match command.name:
+            case "save":
+                self.save()
+            case "stop":
+                self.save()
+                self.stopped = True
+            case "pause":
+                self._pause()
+
+    def _pause(self) -> None:
+        self.meter.flush()
+        self.probes.collect(wait=True)
+        self._emit(events.Paused(step=self.step))
+        while not self.stopped:
+            self.recorder.progressed(self.step)
+            for command in self.control.wait():
+                if command.name == "resume":
+                    self._emit(events.Resumed(step=self.step))
+                    self.meter.start()
+                    return
+                if command.name != "pause":
+                    self.apply(command)
+
+    # -- evaluation, state ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on the held-out samples, over all ranks: ``val_loss``, and for class labels ``accuracy``."""
+        self.meter.flush()
+        self.model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        classes = False
+        for x, y, count in self.batches.evaluation():
+            with self.precision.autocast():
+                output = self.model(x)[:count]
+                loss = self.loss(output, y[:count])
+            classes = output.ndim == 2 and y.ndim == 1 and not y.is_floating_point()
+            right = (output.argmax(1) == y[:count]).sum() if classes else torch.zeros_like(loss)
+            sums += torch.stack([loss.double() * count, right.double(), torch.full_like(loss, count, dtype=torch.float64)])
+        self.model.train()
+        loss_sum, right_sum, count_sum = sum_over_ranks(sums, self.world).tolist()
+        self.metrics = {"val_loss": loss_sum / count_sum} | ({"accuracy": right_sum / count_sum} if classes else {})
+        self._emit(events.Evaluated(step=self.step, epoch=self.epoch, metrics=self.metrics))
+        self.meter.start()
+        return self.metrics
+
+    def save(self) -> Path:
+        """Checkpoint this step; what was said of it so far is on disk first."""
+        path = self.recorder.folder / "checkpoints" / f"step-{self.step}"
+        if self._saved == self.step:
+            return path
+        self.meter.flush()
+        self.probes.collect(wait=True)
+        self.recorder.flush(durable=True)
+        state = checkpoint.training_state(self.model, self.optimizer, self._extra(), self.world)
+        facts = {"step": self.step, "lr_scale": self.schedule.scale, "metrics": self.metrics, "world_size": self.world.size}
+        checkpoint.save(path.parent, self.step, state, facts, self.world, self.config.checkpoint.keep)
+        self._saved = self.step
+        self._emit(events.CheckpointSaved(step=self.step, path=f"checkpoints/step-{self.step}"))
+        self.meter.start()
+        return path
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint."""
+        facts = checkpoint.read_facts(path)
+        extra = checkpoint.restore(path, self.model, self.optimizer, self._extra(), self.world)
+        self.step = self._saved = facts["step"]
+        self.schedule.scale, self.metrics = facts["lr_scale"], facts["metrics"]
+        if self.clipper is not None and "clipper" in extra:
+            self.clipper.state = extra["clipper"].to(self.world.device)
+        if "scaler" in extra:
+            scale, growth = extra["scaler"].tolist()
+            self.precision.scaler.load_state_dict({**self.precision.scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)})
+
+    def _extra(self) -> dict[str, Tensor]:
+        """Tensors of the state beside model, optimizer and random generators; a template before the first step."""
+        extra: dict[str, Tensor] = {}
+        if self.clipper is not None and self.clipper.mode == "dynamic":
+            extra["clipper"] = torch.zeros(3) if self.clipper.state is None else self.clipper.state.cpu()
+        if self.precision.scaler.is_enabled():
+            state = self.precision.scaler.state_dict()
+            extra["scaler"] = torch.tensor([state["scale"], float(state["_growth_tracker"])], dtype=torch.float64)
+        return extra
+
+    # -- small parts ----------------------------------------------------------------------------------------------
+
+    def _set_rate(self) -> float:
+        rate = self.schedule.rate(self.step)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        return rate
+
+    def _sync(self, last: bool) -> Any:
+        """Gradients travel between ranks after the last micro-step only."""
+        inner = isinstance(self.wrapped, DistributedDataParallel) and not last
+        return self.wrapped.no_sync() if inner else nullcontext()  # type: ignore[operator]
+
+    def _report(self, window: Window, losses: list[float]) -> None:
+        samples = len(losses) * self.config.data.batch_size
+        self._emit(
+            events.Steps(
+                step=window.last,
+                first=window.first,
+                loss=[loss if math.isfinite(loss) else None for loss in losses],
+                lr=window.rates,
+                epoch=window.epoch,
+                samples_per_s=samples / window.seconds if window.seconds else None,
+            )
+        )
+        bad = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        # fp16 may overflow now and then: the scaler skips such a step. A whole window of them is divergence.
+        if bad is not None and (not self.precision.scaler.is_enabled() or not any(map(math.isfinite, losses))):
+            raise NonFiniteLoss(
+                f"The loss became {losses[bad]} at step {window.first + bad} (learning rate {window.rates[bad]:g}).",
+                f"Try a lower rate (optim.lr={self.config.optim.lr / 10:g}), clipping (clip.mode=dynamic), or precision=fp32; "
+                "resume() would go on from the last checkpoint.",
+            )
+
+    def _emit(self, event: events.Event) -> None:
+        if self.world.main:
+            self.recorder.emit(event)
+
+
+def _due(count: int, every: int) -> bool:
+    return every > 0 and count > 0 and count % every == 0
