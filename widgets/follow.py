@@ -1,0 +1,65 @@
+"""Following a run: a thread that hands over what is new, and never costs the kernel more than a tenth of its time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from workbench import events
+from workbench.run import TERMINAL, Run
+
+PERIOD = 0.25
+"""Least seconds between two looks."""
+
+
+class Follower:
+    """Watches a run until it ends or :meth:`close` is called.
+
+    Args:
+        run: the run.
+        on_events: called with (events, anew): the events since the last call; ``anew`` when what was handed over before no
+            longer counts, as after a restart from a checkpoint.
+        on_look: called after each look, with the run's status.
+    """
+
+    def __init__(self, run: Run, on_events: Callable[[Sequence[events.Event], bool], None], on_look: Callable[[str], None]) -> None:
+        self.run = run
+        self._on_events, self._on_look = on_events, on_look
+        self._seen: list[events.Event] = []
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name=f"follow-{run.id}", daemon=True)
+
+    def start(self) -> Follower:
+        self._thread.start()
+        return self
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """Stop watching. The thread ends within one look."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.is_set():
+            started = time.thread_time()
+            status = self.run.status  # before the events: a run that ended in between is looked at once more
+            self._look()
+            if self._closed.is_set():
+                return
+            self._on_look(status)
+            if status in TERMINAL:
+                return
+            self._closed.wait(max(PERIOD, 10 * (time.thread_time() - started)))
+
+    def _look(self) -> None:
+        current = self.run.events
+        count = len(self._seen)
+        # The journal keeps its event objects, so identity tells whether what was seen still counts.
+        continues = count <= len(current) and (count == 0 or current[count - 1] is self._seen[-1])
+        fresh = current[count:] if continues else current
+        if fresh or not continues:
+            self._on_events(fresh, not continues)
+        self._seen = current

@@ -1,0 +1,47 @@
+"""A surface: HTML that Python writes, and the actions that come back from it.
+
+An element with ``data-action`` sends its name when clicked, with its ``data-value`` and the inputs that ``data-with`` names; an
+input with ``data-input`` sends what is typed. Setting :attr:`Surface.html` merges the new HTML into what is shown, so focus,
+half-typed text and scroll positions stay. Whoever writes the HTML escapes what it shows (:mod:`widgets.theme`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import anywidget
+import traitlets
+
+from widgets import theme
+
+Handler = Callable[[Any, Mapping[str, Any]], None]
+"""Takes the action's value and the values of its inputs. It must return at once: see :meth:`widgets.panel.Panel.background`."""
+
+
+class Surface(anywidget.AnyWidget):
+    """HTML with named actions.
+
+    Args:
+        html: what to show.
+        on: handler by action.
+    """
+
+    _esm = theme.HERE / "surface.js"
+    _css = theme.css("panel.css")
+
+    html = traitlets.Unicode("").tag(sync=True)
+
+    def __init__(self, html: str = "", on: Mapping[str, Handler] | None = None) -> None:
+        super().__init__(html=html)
+        self._handlers = dict(on or {})
+        self.on_msg(self._receive)
+
+    def _receive(self, _widget: Any, content: Mapping[str, Any], _buffers: Any) -> None:
+        handler = self._handlers.get(content.get("action", ""))
+        if handler is not None:
+            handler(content.get("value"), content.get("values") or {})
+
+    def act(self, action: str, value: Any = "", **values: Any) -> None:
+        """Do what a click would do."""
+        self._receive(self, {"action": action, "value": value, "values": values}, None)

@@ -1,0 +1,327 @@
+"""The training panel: a form, Start, and the run that came of it, live.
+
+:class:`TrainPanel` starts runs with ``launch`` (processes of their own) and follows one run's folder. Everything it shows of a
+run is read from there, so a panel made anew, after a restart of the kernel or on another day, finds the run and its history.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+import ipywidgets
+
+from widgets import theme
+from widgets.follow import Follower
+from widgets.form import Form
+from widgets.live_plot import LivePlot
+from widgets.panel import Panel, box, execute, open_code
+from widgets.surface import Surface
+from workbench import events
+from workbench.config import Config
+from workbench.errors import ConfigError, WorkbenchError
+from workbench.run import TERMINAL, Run
+from workbench.training.config import TrainConfig
+
+FIRST = ("data.name", "model.name", "optim.name", "optim.lr", "epochs", "data.batch_size", "precision")
+"""What most people change; the other settings are folded."""
+
+HELD_OUT = frozenset(("val_loss", "loss"))
+"""Metrics drawn beside the training loss."""
+
+ACTIONS = {
+    "running": ("pause", "stop"),
+    "hung": ("pause", "stop"),
+    "starting": ("stop",),
+    "paused": ("resume", "stop"),
+    "stopped": ("resume",),
+    "failed": ("resume",),
+    "lost": ("resume",),
+}
+
+
+class TrainPanel(Panel):
+    """Configure, start and follow training.
+
+    Args:
+        config: what the form starts from; by default the config of ``run``, else the defaults.
+        run: the run to follow; by default the newest that is still going, else the newest of this very config.
+
+    Example:
+        >>> TrainPanel(TrainConfig(epochs=5))
+    """
+
+    title = "Train"
+
+    def __init__(self, config: TrainConfig | None = None, run: Run | None = None) -> None:
+        super().__init__()
+        self.run: Run | None = run if run is not None else find_run(config)
+        self._nproc = "1"
+        self._initial = config or _config_of(self.run) or TrainConfig()
+        self._form: Form[TrainConfig] | None = None
+        self._error = self._busy = ""
+        self._follower: Follower | None = None
+        self._listeners: list[Callable[[Run], None]] = []
+
+    # -- what a user meets -----------------------------------------------------------------------------------------
+
+    @property
+    def form(self) -> Form[TrainConfig]:
+        """The form; ``panel.form.value`` is the config it describes."""
+        _ = self.view
+        assert self._form is not None
+        return self._form
+
+    @property
+    def config(self) -> TrainConfig:
+        """The config that Start would train.
+
+        Raises:
+            ConfigError: a setting of the form is wrong.
+        """
+        return self._initial if self._form is None else self._form.value
+
+    @config.setter
+    def config(self, config: TrainConfig) -> None:
+        self._initial = config
+        if self._form is not None:
+            self._form.value = config
+
+    @property
+    def code(self) -> str:
+        try:
+            config = self.config.to_code()
+        except ConfigError as error:
+            return f"# {error}"
+        return f"from workbench import TrainConfig, launch\n\nconfig = {config}\nrun = launch(config, nproc={self._nproc})\n"
+
+    def start(self) -> None:
+        """Do what the Start button does; returns at once."""
+        self._act("start", self.code, "Start ran this code")
+
+    def attach(self, run: Run) -> None:
+        """Follow ``run`` from its first step."""
+        with self._lock:
+            if self._follower is not None:
+                self._follower.close()
+            self.run = run
+            if self._view is None:
+                return
+            self._clear()
+            self._follower = Follower(run, self._on_events, self._on_look).start()
+        for listener in self._listeners:
+            listener(run)
+
+    def on_run(self, listener: Callable[[Run], None]) -> None:
+        """Call ``listener`` whenever the panel turns to another run."""
+        self._listeners.append(listener)
+
+    def close(self) -> None:
+        if self._follower is not None:
+            self._follower.close()
+        super().close()
+
+    # -- widgets ---------------------------------------------------------------------------------------------------
+
+    def _build(self) -> ipywidgets.Widget:
+        self._form = Form(TrainConfig, self._initial, first=FIRST)
+        self._form.on_change(lambda config: self._refresh_start())
+        self._launcher = Surface(on={"start": lambda value, values: self.start(), "nproc": self._set_nproc})
+        actions = {name: self._action(name) for name in ("pause", "resume", "stop", "rate")}
+        self._header = Surface(self._header_html("created"), on=actions)
+        self._loss = LivePlot(
+            {"loss": {"label": "loss", "smooth": 0.8}, "held out": {"label": "held-out loss", "mode": "lines+markers"}},
+            label="loss by optimizer step",
+            waiting="The loss appears with the first steps",
+            height=200,
+            static=False,
+        )
+        self._metric: LivePlot | None = None
+        self._metric_names: tuple[str, ...] = ()
+        self._points: list[tuple[int, dict[str, float]]] = []
+        self._plots = box("wb-plots", [self._loss] if self.run else [])
+        left = box("wb-column", [self._form, self._launcher])
+        right = box("wb-column", [self._header, self._plots])
+        frame = self._frame(box("wb-split", [left, right]), self._code("Start runs this code"))
+        self._refresh_start()
+        if self.run is not None:
+            self._follower = Follower(self.run, self._on_events, self._on_look).start()
+        return frame
+
+    def _summary(self) -> str:
+        if self.run is None:
+            return super()._summary()
+        from widgets.runs import row_of
+
+        row = row_of(self.run)
+        return f"{theme.table([row.facts()])}<pre>{escape(self.code)}</pre>"
+
+    def _refresh_start(self) -> None:
+        form = self._form
+        assert form is not None
+        wrong = next(((p, t) for p, t in form.errors.items() if p), None)
+        problem = self._error or (theme.notice(f"{wrong[0]}: {wrong[1]}") if wrong else "")
+        off = " disabled" if form.message or self._busy == "start" else ""
+        label = "Starting…" if self._busy == "start" else "Start training"
+        self._launcher.html = (
+            f'<div class="stack"><div class="row wb-launch"><label class="row quiet">processes '
+            f'<input type="text" name="nproc" inputmode="numeric" data-input="nproc" value="{escape(self._nproc, True)}" '
+            f'title="Processes on this machine, one per accelerator"></label><span class="grow"></span>'
+            f'<button class="primary" data-action="start"{off}>{label}</button></div>{problem}</div>'
+        )
+        self._show_code(title="Start runs this code")
+
+    def _header_html(self, status: str) -> str:
+        run = self.run
+        if run is None:
+            return '<div class="wb-empty"><p>No run yet.</p><p class="quiet">Choose data and model, then start training.</p></div>'
+        progress = run.progress
+        buttons = "".join(
+            f'<button data-action="{name}" title="{escape(open_code(run) + f".{name}()", True)}"{" disabled" if self._busy else ""}>'
+            f"{name.capitalize()}</button>"
+            for name in ACTIONS.get(status, ())
+        )
+        facts = [f"step {theme.number(progress.step)} of {theme.number(progress.total_steps)}" if progress.total_steps else "preparing"]
+        if progress.epoch:
+            facts.append(f"epoch {progress.epoch}")
+        if progress.samples_per_s:
+            facts.append(f"{theme.number(round(progress.samples_per_s))} samples/s")
+        if status == "running" and progress.eta is not None:
+            facts.append(f"{theme.duration(progress.eta)} left")
+        rate = ""
+        if status in ("running", "paused", "hung"):
+            rate = (
+                '<span class="row wb-rate"><input type="text" name="rate" inputmode="decimal" placeholder="rate" aria-label="New learning rate" '
+                'data-enter="rate"><button data-action="rate" data-with="rate" title="Set the peak learning rate while training">Set rate</button></span>'
+            )
+        problem = self._failure(run) if status == "failed" else ""
+        return (
+            f'<div class="stack"><div class="row wb-head">{theme.chip(status)}<span class="mono grow nowrap" title="{escape(str(run.path), True)}">'
+            f"{escape(run.id)}</span>{buttons}</div>"
+            f'<progress max="1" value="{progress.fraction:.4f}" aria-label="Training progress"></progress>'
+            f'<div class="row wb-facts"><span class="quiet small grow">{" · ".join(facts)}</span>{rate}</div>{problem}</div>'
+        )
+
+    @staticmethod
+    def _failure(run: Run) -> str:
+        failed = next((e for e in reversed(run.events) if isinstance(e, events.Failed)), None)
+        if failed is None:
+            first, _, rest = (run.error or "").partition("\n")
+            return theme.notice(first, details=rest)
+        return theme.notice(failed.message, details=failed.traceback)
+
+    # -- actions ---------------------------------------------------------------------------------------------------
+
+    def _set_nproc(self, value: Any, _values: Mapping[str, Any]) -> None:
+        text = str(value).strip()
+        self._error = "" if text.isdigit() and int(text) else theme.notice(f"processes={text!r} must be a whole number of at least 1.")
+        if not self._error:
+            self._nproc = text
+        self._refresh_start()
+
+    def _action(self, name: str) -> Callable[[Any, Mapping[str, Any]], None]:
+        def act(_value: Any, values: Mapping[str, Any]) -> None:
+            if self.run is None:
+                return
+            call = f"{name}()"
+            if name == "rate":
+                try:
+                    rate = float(values.get("rate", ""))
+                except ValueError:
+                    return
+                call = f"set(lr={rate!r})"
+            code = f"from workbench import Run\n\nrun = {open_code(self.run)}\nrun.{call}\n"
+            self._act(name, code, f"{name.capitalize()} ran this code")
+
+        return act
+
+    def _act(self, name: str, code: str, title: str) -> None:
+        """Queue ``code``; the panel shows it, and what went wrong with it."""
+        _ = self.view
+        with self._lock:
+            if self._busy == "start":
+                return
+            self._busy, self._error = name, ""
+        self._refresh_start()
+
+        def work() -> None:
+            names = execute(code)
+            self._busy = ""
+            run = names["run"]
+            if name == "start" or self._follower is None or not self._follower.alive:
+                self.attach(run)
+            self._refresh_start()
+            self._show_code(code, title)
+
+        def fail(error: BaseException) -> None:
+            self._busy, self._error = "", theme.error_notice(error)
+            self._refresh_start()
+
+        self._do(work, fail)
+
+    # -- following, on the follower's thread -----------------------------------------------------------------------
+
+    def _on_events(self, fresh: Sequence[events.Event], anew: bool) -> None:
+        if anew:
+            self._clear()
+        windows = [e for e in fresh if isinstance(e, events.Steps)]
+        if windows:
+            steps = list(itertools.chain.from_iterable(range(w.first, w.first + len(w.loss)) for w in windows))
+            self._loss.append("loss", steps, [math.nan if x is None else x for w in windows for x in w.loss])
+        points = [(e.step, dict(e.metrics)) for e in fresh if isinstance(e, events.Evaluated)]
+        for step, metrics in points:
+            for name in HELD_OUT.intersection(metrics):
+                self._loss.append("held out", step, metrics.pop(name))
+        self._points += points
+        names = tuple(dict.fromkeys(name for _, metrics in self._points for name in metrics))
+        if names != self._metric_names:
+            self._new_metric_plot(names)
+            points = self._points
+        for step, metrics in points:
+            for name, value in metrics.items():
+                self._metric.append(name, step, value)  # type: ignore[union-attr]
+
+    def _new_metric_plot(self, names: tuple[str, ...]) -> None:
+        """A chart of these metrics in place of the last; which there are is known with the first evaluation."""
+        before, self._metric_names = self._metric, names
+        self._metric = None
+        if names:
+            self._metric = LivePlot({n: {"mode": "lines+markers"} for n in names}, label="metrics by step", height=160, static=False)
+        self._plots.children = [self._loss, *([self._metric] if self._metric else [])]
+        if before is not None:
+            before.close()
+
+    def _clear(self) -> None:
+        self._loss.clear()
+        self._points.clear()
+        if self._metric is not None:
+            self._metric.clear()
+        self._plots.children = [self._loss, *([self._metric] if self._metric else [])]
+
+    def _on_look(self, status: str) -> None:
+        self._header.html = self._header_html(status)
+
+
+def find_run(config: Config | None) -> Run | None:
+    """The newest run that is still going; else the newest one of ``config``, or of any config when None."""
+    newest: Run | None = None
+    for run in Run.all()[:50]:
+        try:
+            if run.status not in TERMINAL and run.status != "created":
+                return run
+            if newest is None and (config is None or run.config == config):
+                newest = run
+        except (WorkbenchError, OSError, KeyError):
+            continue  # a folder that does not open is the run list's to show
+    return newest
+
+
+def _config_of(run: Run | None) -> TrainConfig | None:
+    try:
+        config = run.config if run is not None else None
+    except WorkbenchError:
+        return None
+    return config if isinstance(config, TrainConfig) else None
