@@ -105,6 +105,8 @@ class Config(BaseModel):
         values = load_yaml(text, str(path))
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds {type(values).__name__}, not settings.", "Write one 'name: value' per line.")
+        if "kind" not in cls.model_fields and (kind := values.pop("kind", cls.kind)) != cls.kind:  # a run's config.yaml has one
+            raise ConfigError(f"{path} is of kind {kind!r}, not {cls.kind!r}.", f"It holds no {cls.__name__}.")
         return cls(**values)
 
     def to_code(self) -> str:

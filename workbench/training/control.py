@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from workbench import launcher
 from workbench.distributed import World
 
 LAG = 2
@@ -45,7 +46,9 @@ class Control:
     def __init__(self, folder: Path, world: World, replay: list[tuple[int, Command]] | None = None) -> None:
         self._folder, self._world = folder / "commands", world
         self._replay = deque(sorted(replay or [], key=lambda pair: pair[0]))
-        self._since = f"{time.time_ns():020d}"  # commands posted to an earlier attempt died with it
+        # Commands posted to an earlier attempt died with it; one posted while this one was starting counts.
+        attempt = launcher.Attempt.latest(folder)
+        self._since = f"{int(attempt.time * 1e9) if attempt else time.time_ns():020d}"
         self._found: deque[Command] = deque()
         self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
         self._sent: deque[tuple[torch.Tensor, Any]] = deque()
