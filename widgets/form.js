@@ -288,8 +288,11 @@ function render({ model, el }) {
     if (spec.control === "group") top.append(fold(path, spec.label, spec.help, contents(spec), spec.optional));
     else top.append(field(spec, spec.label === "name" && parent ? parent : spec.label));
   }
+  const rest = contents(schema);
+  // With a choice at the top, everything else is one fold, so that the form is as short as what people change.
+  const folded = taken.size && rest.length ? [fold(":all", "all settings", "Everything else that can be set", rest)] : rest;
   const general = node("div", { class: "problem general", role: "status" });
-  el.append(top, node("div", { class: "fields rest" }, ...contents(schema)), general);
+  el.append(top, node("div", { class: "fields rest" }, ...folded), general);
 
   const refreshChanged = () => {
     for (const control of controls.values()) control.box.classList.toggle("changed", control.changed());

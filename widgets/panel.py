@@ -16,10 +16,8 @@ from typing import Any, TypeVar
 
 import ipywidgets
 
-from widgets import theme
 from widgets.code import CodeView
 from widgets.live_plot import is_static
-from widgets.surface import Surface
 from workbench.run import Run, runs_folder
 
 W = TypeVar("W", bound=ipywidgets.Widget)
@@ -124,13 +122,6 @@ class Panel:
             job()
 
 
-def execute(code: str) -> dict[str, Any]:
-    """Run an action's code in a namespace of its own; the names it made."""
-    names: dict[str, Any] = {"__name__": "workbench_action"}
-    exec(compile(code, "<the panel's code>", "exec"), names)  # noqa: S102 - the very text the panel shows
-    return names
-
-
 def open_code(run: Run) -> str:
     """The expression that opens ``run``: by name where it lies under the runs' folder, else by path."""
     name = run.id if run.path.parent == runs_folder() else str(run.path)
@@ -154,5 +145,3 @@ def close_tree(widget: ipywidgets.Widget) -> None:
             with contextlib.suppress(Exception):
                 part.close()
 
-
-__all__ = ["Panel", "Surface", "box", "close_tree", "execute", "open_code", "theme"]

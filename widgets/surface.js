@@ -46,6 +46,13 @@ function render({ model, el }) {
   update();
   model.on("change:html", update);
 
+  model.on("msg:custom", (message) => {
+    if (typeof message.page !== "string") return;
+    const address = URL.createObjectURL(new Blob([message.page], { type: "text/html" }));
+    window.open(address, "_blank", "noopener");
+    setTimeout(() => URL.revokeObjectURL(address), 60_000);
+  });
+
   // Inputs named by data-with travel with the action, so Python keeps no copy of what is being typed.
   const send = (target) => {
     const values = {};
@@ -57,7 +64,7 @@ function render({ model, el }) {
   };
   root.addEventListener("click", (event) => {
     const target = event.target.closest("[data-action]");
-    if (!target || target.disabled || !root.contains(target) || target.matches("input, select")) return;
+    if (!target || target.disabled || !root.contains(target) || target.matches("input:not([type=checkbox]), select")) return;
     if (event.target.closest("a[href]")) return;
     send(target);
   });

@@ -42,6 +42,10 @@ class Surface(anywidget.AnyWidget):
         if handler is not None:
             handler(content.get("value"), content.get("values") or {})
 
+    def show_page(self, html: str) -> None:
+        """Open a whole page of its own beside the notebook."""
+        self.send({"page": html})
+
     def act(self, action: str, value: Any = "", **values: Any) -> None:
         """Do what a click would do."""
         self._receive(self, {"action": action, "value": value, "values": values}, None)

@@ -68,13 +68,14 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def table(rows: Sequence[Mapping[str, Any]], columns: Iterable[str] | None = None) -> str:
-    """Rows as an HTML table; numbers are aligned to the right."""
+def table(rows: Sequence[Mapping[str, Any]], columns: Iterable[str] | None = None, right: Iterable[str] = ()) -> str:
+    """Rows as an HTML table; numbers, and the columns named by ``right``, are aligned to the right."""
+    aligned = set(right)
     names = list(columns) if columns is not None else list(dict.fromkeys(name for row in rows for name in row))
 
     def numeric(name: str) -> str:
         present = [row[name] for row in rows if row.get(name) is not None]
-        return ' class="number"' if present and all(isinstance(v, (int, float)) for v in present) else ""
+        return ' class="number"' if name in aligned or present and all(isinstance(v, (int, float)) for v in present) else ""
 
     head = "".join(f'<th scope="col"{numeric(name)}>{escape(name.replace("_", " "))}</th>' for name in names)
     body = "".join("<tr>" + "".join(f"<td{numeric(n)}>{escape(number(row.get(n)))}</td>" for n in names) + "</tr>" for row in rows)

@@ -18,7 +18,8 @@ from widgets import theme
 from widgets.follow import Follower
 from widgets.form import Form
 from widgets.live_plot import LivePlot
-from widgets.panel import Panel, box, execute, open_code
+from widgets.job import execute
+from widgets.panel import Panel, box, open_code
 from widgets.surface import Surface
 from workbench import events
 from workbench.config import Config
@@ -187,7 +188,7 @@ class TrainPanel(Panel):
         facts = [f"step {theme.number(progress.step)} of {theme.number(progress.total_steps)}" if progress.total_steps else "preparing"]
         if progress.epoch:
             facts.append(f"epoch {progress.epoch}")
-        if progress.samples_per_s:
+        if progress.samples_per_s and status == "running":
             facts.append(f"{theme.number(round(progress.samples_per_s))} samples/s")
         if status == "running" and progress.eta is not None:
             facts.append(f"{theme.duration(progress.eta)} left")
@@ -198,10 +199,11 @@ class TrainPanel(Panel):
                 'data-enter="rate"><button data-action="rate" data-with="rate" title="Set the peak learning rate while training">Set rate</button></span>'
             )
         problem = self._failure(run) if status == "failed" else ""
+        bar = f'<progress max="1" value="{progress.fraction:.4f}" aria-label="Training progress"></progress>' if status != "finished" else ""
         return (
             f'<div class="stack"><div class="row wb-head">{theme.chip(status)}<span class="mono grow nowrap" title="{escape(str(run.path), True)}">'
             f"{escape(run.id)}</span>{buttons}</div>"
-            f'<progress max="1" value="{progress.fraction:.4f}" aria-label="Training progress"></progress>'
+            f"{bar}"
             f'<div class="row wb-facts"><span class="quiet small grow">{" · ".join(facts)}</span>{rate}</div>{problem}</div>'
         )
 
@@ -248,9 +250,8 @@ class TrainPanel(Panel):
         self._refresh_start()
 
         def work() -> None:
-            names = execute(code)
+            run = execute(code)["run"]
             self._busy = ""
-            run = names["run"]
             if name == "start" or self._follower is None or not self._follower.alive:
                 self.attach(run)
             self._refresh_start()

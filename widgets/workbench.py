@@ -1,0 +1,169 @@
+"""All panels as one: train, inspect, prune, quantize, compare, and the runs they share.
+
+A run chosen in one panel is the current run of the others. Panels are made when first turned to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import ipywidgets
+
+from widgets import theme
+from widgets.panel import Panel, box
+from widgets.surface import Surface
+from workbench.run import Run
+from workbench.training.config import TrainConfig
+
+TABS = ("Train", "Inspect", "Prune", "Quantize", "Compare", "Runs")
+
+
+class Workbench(Panel):
+    """The whole workbench in one cell.
+
+    Args:
+        config: what the training form starts from.
+        run: the current run; by default the one that :class:`~widgets.TrainPanel` finds.
+
+    Example:
+        >>> Workbench()
+    """
+
+    title = "Workbench"
+
+    def __init__(self, config: TrainConfig | None = None, run: Run | None = None) -> None:
+        super().__init__()
+        from widgets.train import TrainPanel
+
+        self.tab = "Train"
+        self.train = TrainPanel(config, run)
+        self.train.on_run(self._select)
+        self.panels: dict[str, Any] = {"Train": self.train}
+        self.run: Run | None = self.train.run
+        self._shown_run: dict[str, Run | None] = {"Train": self.run}
+
+    @property
+    def code(self) -> str:
+        panel = self.panels.get(self.tab)
+        return str(getattr(panel, "code", ""))
+
+    def open(self, tab: str) -> Any:
+        """Turn to a panel; the panel."""
+        with self._lock:
+            self.tab = tab
+            panel = self.panels.get(tab) or self._make(tab)
+            if self.run is not None and self._shown_run.get(tab) is not self.run and tab != "Runs":
+                panel = self._give(tab, panel, self.run)
+            self.panels[tab] = panel
+            if self._view is not None:
+                self._page.children = [_view(panel) if panel is not None else self._nothing]
+                self._nav.html = self._nav_html()
+        return panel
+
+    def select(self, run: Run) -> None:
+        """Make ``run`` the current run of every panel."""
+        self._select(run)
+        self.open(self.tab)
+
+    def close(self) -> None:
+        for panel in self.panels.values():
+            if panel is not None:
+                panel.close()
+        super().close()
+
+    # -- widgets ---------------------------------------------------------------------------------------------------
+
+    def _build(self) -> ipywidgets.Widget:
+        self._nav = Surface(on={"tab": self._turn})
+        self._nothing = self._own(Surface('<div class="wb-empty"><p>No run yet.</p><p class="quiet">Start one under Train.</p></div>'))
+        self._page = box("wb-page", [_view(self.panels["Train"])])
+        frame = box("wb-workbench", [self._nav, self._page])
+        self._nav.html = self._nav_html()
+        return frame
+
+    def _summary(self) -> str:
+        return self.train._summary()
+
+    def _nav_html(self) -> str:
+        tabs = "".join(
+            f'<button role="tab" data-action="tab" data-value="{name}" aria-selected="{str(name == self.tab).lower()}" '
+            f'tabindex="{0 if name == self.tab else -1}">{name}</button>'
+            for name in TABS
+        )
+        current = ""
+        if self.run is not None:
+            current = f'<span class="mono quiet nowrap" title="{escape(str(self.run.path), True)}">{escape(self.run.id)}</span>'
+        return f'<nav class="wb-nav"><div role="tablist" aria-label="Workbench">{tabs}</div>{current}</nav>'
+
+    def _turn(self, value: Any, _values: Mapping[str, Any]) -> None:
+        if value in TABS:
+            self._do(lambda: self.open(str(value)), self._failed)
+
+    def _failed(self, error: BaseException) -> None:
+        surface = self._own(Surface(theme.error_notice(error)))
+        self._page.children = [surface]
+        self._nav.html = self._nav_html()
+
+    # -- panels ----------------------------------------------------------------------------------------------------
+
+    def _make(self, tab: str) -> Any:
+        if tab == "Runs":
+            from widgets.runs import RunList
+
+            return RunList(on_open=self._reopen)
+        if tab == "Inspect":
+            return None
+        made = _panels()[tab](self.run)
+        self._shown_run[tab] = made.run
+        if hasattr(made, "on_tune"):
+            made.on_tune(self._tune)
+        return made
+
+    def _give(self, tab: str, panel: Any, run: Run) -> Any:
+        """``panel`` turned to ``run``. An Inspector belongs to one run, so it is made anew."""
+        self._shown_run[tab] = run
+        if tab != "Inspect":
+            panel.attach(run)
+            return panel
+        from widgets.inspector import Inspector
+
+        if panel is not None:
+            panel.close()
+        return Inspector(run)
+
+    def _select(self, run: Run) -> None:
+        self.run = run
+        self._shown_run["Train"] = self.train.run
+        if self._view is not None:
+            self._nav.html = self._nav_html()
+
+    def _reopen(self, run: Run) -> None:
+        self._select(run)
+        self.open("Train")
+
+    def _tune(self, folder: Path) -> None:
+        """Train a variant further: the training form, filled in with its run's config and the variant as the model."""
+
+        def work() -> None:
+            assert self.run is not None
+            config = self.run.config.override({"model.name": str(folder), "model.args": {}, "label": f"{folder.name}-tuned"})
+            self.train.config = config
+            self.open("Train")
+
+        self._do(work, self._failed)
+
+
+def _panels() -> dict[str, Callable[[Run | None], Any]]:
+    from widgets.compare import ComparePanel
+    from widgets.prune import PrunePanel
+    from widgets.quantize import QuantizePanel
+
+    return {"Prune": PrunePanel, "Quantize": QuantizePanel, "Compare": ComparePanel}
+
+
+def _view(panel: Any) -> ipywidgets.Widget:
+    """A panel's widget; a panel that is a widget is its own."""
+    return panel if isinstance(panel, ipywidgets.Widget) else panel.view
