@@ -28,9 +28,13 @@ class Frame:
     operations: list[dict[str, Any]] = field(default_factory=list)
     parts: list[bytes] = field(default_factory=list)
 
-    def add(self, operation: str, name: str, *values: np.ndarray, **facts: Any) -> None:
+    def add(self, operation: str, name: str, *values: np.ndarray, packed: np.ndarray | None = None, **facts: Any) -> None:
+        """Add an operation with its values; ``packed`` are bytes, sent four to a float."""
         self.operations.append({"op": operation, "name": name, **facts})
         self.parts.extend(np.ascontiguousarray(v, dtype="<f4").tobytes() for v in values)
+        if packed is not None:
+            content = packed.tobytes()
+            self.parts.append(content + bytes(-len(content) % 4))
 
     @property
     def buffer(self) -> bytes:
@@ -142,6 +146,13 @@ class Columns:
             self._closed, self._filled = self._closed + 1, 0
             if self._closed >= self._limit:
                 self._halve()
+
+    def part(self, rows: slice) -> Columns:
+        """A copy of some rows, which grows on its own; nothing of it has been sent."""
+        copy = Columns(len(range(*rows.indices(self.rows))), self._limit, self.merge)
+        copy._x[:], copy._values[:] = self._x, self._values[:, rows]
+        copy.stride, copy._closed, copy._filled = self.stride, self._closed, self._filled
+        return copy
 
     @property
     def x(self) -> np.ndarray:

@@ -19,6 +19,7 @@ class Store {
     this.lines = new Map();
     this.grids = new Map();
     this.facts = new Map();
+    this.levelsOf = new Map();
     this.sequence = null;
     this.listeners = new Set();
   }
@@ -26,7 +27,7 @@ class Store {
   // Returns false when a message is missing; the caller then asks for the whole.
   receive(content, buffers) {
     if (!content.whole && content.sequence !== this.sequence + 1) return false;
-    if (content.whole) for (const map of [this.lines, this.grids, this.facts]) map.clear();
+    if (content.whole) for (const map of [this.lines, this.grids, this.facts, this.levelsOf]) map.clear();
     this.sequence = content.sequence;
     const view = buffers?.[0];
     const bytes = view ? view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength) : new ArrayBuffer(0);
@@ -79,13 +80,22 @@ class Store {
     return 0;
   }
 
+  levels({ name, rows, bins, low, step, at, of, stats }, values) {
+    const packed = values.subarray(3 * stats);
+    const size = rows * bins;
+    const bytes = new Uint8Array(packed.buffer, packed.byteOffset, size);
+    const held = stats ? values.slice(0, 3 * stats) : null;
+    this.levelsOf.set(name, { rows, bins, low, step, at, of, bytes, stats: held });
+    return 3 * stats + Math.ceil(size / 4);
+  }
+
   fact({ name, value }) {
     this.facts.set(name, value);
     return 0;
   }
 
   forget({ name }) {
-    for (const map of [this.lines, this.grids, this.facts]) map.delete(name);
+    for (const map of [this.lines, this.grids, this.facts, this.levelsOf]) map.delete(name);
     return 0;
   }
 }

@@ -81,11 +81,12 @@ def heat_map(rows: Sequence[str], x: np.ndarray, z: np.ndarray, *, title: str, x
         for a, b in zip(edges, edges[1:], strict=False):
             if row[a] >= 0:
                 x0, x1 = round(left + a * wide), round(left + b * wide)
-                paths.setdefault(int(row[a]), []).append(f"M{x0} {TOP + r * cell}h{x1 - x0}v{cell}H{x0}z")
+                paths.setdefault(int(row[a]), []).append(f"M{x0} {TOP + r * cell + cell // 2}h{x1 - x0}")
         label = rows[r * every_row]
         label = label if len(label) <= 32 else "…" + label[-31:]
         parts.append(f'<text x="{left - 6}" y="{TOP + r * cell + 9}" text-anchor="end" {_TEXT}>{escape(label)}</text>')
-    parts.extend(f'<path fill="{VIRIDIS[k]}" d="{"".join(d)}"/>' for k, d in sorted(paths.items()))
+    # Cells are thick strokes, which takes half the characters of rectangles.
+    parts.extend(f'<path stroke="{VIRIDIS[k]}" stroke-width="{cell}" d="{"".join(d)}"/>' for k, d in sorted(paths.items()))
     height = TOP + tall + BOTTOM
     first, last = (ticks[0], ticks[-1]) if ticks else (_number(float(x[0])), _number(float(x[-1])))
     parts.append(f'<text x="{left}" y="{height - 12}" {_TEXT}>{escape(first)}</text>')

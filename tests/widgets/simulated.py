@@ -1,0 +1,154 @@
+"""Run folders as a trainer would write them, without training: for the Inspector's tests.
+
+``Simulation(folder)`` makes the folder; ``step()`` advances one reading interval; ``run(seconds)`` does so from a thread.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from workbench import events, launcher, storage
+
+BINS = 131
+
+
+def resnet_names(blocks: tuple[int, ...] = (3, 3, 3)) -> tuple[list[str], list[str]]:
+    """Parameters and leaf modules, named as a ResNet's."""
+    parameters, modules = ["conv1.weight", "bn1.weight", "bn1.bias"], ["conv1", "bn1", "relu"]
+    for stage, count in enumerate(blocks, 1):
+        for block in range(count):
+            for part in ("conv1", "bn1", "conv2", "bn2"):
+                name = f"layer{stage}.{block}.{part}"
+                modules.append(name)
+                parameters += [f"{name}.weight"] + ([f"{name}.bias"] if part.startswith("bn") else [])
+            modules.append(f"layer{stage}.{block}.relu")
+    return [*parameters, "fc.weight", "fc.bias"], [*modules, "fc"]
+
+
+class Simulation:
+    """A run that seems to train.
+
+    Args:
+        folder: the run folder to make.
+        total: optimizer steps of the run.
+        every: steps between readings.
+        ranks: processes.
+        fault: None, "vanishing", "exploding", "dead" or "nan".
+    """
+
+    def __init__(
+        self, folder: Path, total: int = 2000, every: int = 5, ranks: int = 1, fault: str | None = None, blocks: tuple[int, ...] = (3, 3, 3)
+    ) -> None:
+        self.folder, self.total, self.every, self.ranks, self.fault = folder, total, every, ranks, fault
+        self.at, self.attempt = 0, 0
+        self.parameters, self.modules = resnet_names(blocks)
+        self.random = np.random.default_rng(0)
+        for name in ("events", "readings", "attempts", "commands", "checkpoints", "logs"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text("kind: train\n")
+        self._peak = [0.0] * ranks
+        self._ended = threading.Event()
+        self.start()
+
+    def start(self, at: int = 0) -> None:
+        """A new attempt, from step ``at``."""
+        self.at = at
+        self.attempt = launcher.claim(self.folder, self.ranks)
+        launcher.record(self.folder, self.attempt, self.ranks, launcher.Process.current())
+        self.journal = storage.Journal(self.folder / "events" / "rank-00000.jsonl")
+        self.writers = [storage.SegmentWriter(self.folder / "readings", self.attempt, rank) for rank in range(self.ranks)]
+        self.emit(
+            events.AttemptStarted(
+                total_steps=self.total, steps_per_epoch=100, world_size=self.ranks, device="cpu", parameters=272_474, step=self.at
+            )
+        )
+
+    def emit(self, event: events.Event) -> None:
+        self.journal.append(event.model_copy(update={"attempt": self.attempt}).model_dump_json())
+
+    def step(self) -> None:
+        """``every`` steps and one reading."""
+        first, self.at = self.at + 1, self.at + self.every
+        steps = np.arange(first, self.at + 1)
+        loss = 2.3 * np.exp(-steps / 600) + 0.12 + 0.08 * self.random.random(len(steps))
+        if self.fault == "exploding" and self.at > 300:
+            loss = loss + 0.02 * (steps - 300)
+        losses = [None if self.fault == "nan" and s > 200 else float(v) for s, v in zip(steps, loss, strict=True)]
+        rates = [0.1 * 0.5 * (1 + math.cos(math.pi * s / self.total)) for s in steps]
+        epoch = 1 + (self.at - 1) // 100
+        self.emit(events.Steps(first=first, step=self.at, loss=losses, lr=rates, epoch=epoch, samples_per_s=1523.4 + 40 * self.random.random()))
+        self._read()
+        if self.at % 100 == 0:
+            metrics = {"loss": float(loss[-1] + 0.05), "accuracy": float(1 - 0.9 * math.exp(-self.at / 500))}
+            self.emit(events.Evaluated(step=self.at, epoch=epoch, metrics=metrics))
+        now = time.time()
+        launcher.Heartbeat(launcher.Process.current(), now, self.attempt, self.at, now).write(self.folder)
+
+    def _read(self) -> None:
+        for rank, writer in enumerate(self.writers):
+            names, depth = self.parameters, np.linspace(1, 0, len(self.parameters))
+            norm = 0.4 * np.exp(-self.at / 900) * 10 ** (-0.7 * depth) * np.exp(0.25 * self.random.standard_normal(len(names)))
+            nonfinite = np.zeros(len(names), dtype=int)
+            if self.fault == "vanishing":
+                norm = norm * 10 ** (-7 * depth)
+            if self.fault == "exploding" and self.at > 300:
+                norm = norm * math.exp(min(12, (self.at - 300) / 40))
+            if self.fault == "nan" and self.at > 200:
+                norm, nonfinite = np.full(len(names), np.nan), nonfinite + 7
+            columns = {"step": [self.at] * len(names), "layer": names, "norm": norm, "max": norm / 10, "nonfinite": nonfinite}
+            writer.write("gradients", pa.table({**columns, "weight_norm": np.full(len(names), 3.0)}), self.at)
+            writer.write("activations", self._activations(), self.at)
+            used = 3.1e8 + 2e7 * math.sin(self.at / 80) + 1e6 * min(self.at, 120) + rank * 3e7
+            self._peak[rank] = max(self._peak[rank], used)
+            fields = {"allocated": int(used), "reserved": int(used * 1.2), "peak": int(self._peak[rank]), "total": 17_179_869_184}
+            writer.write("memory", pa.table({"step": [self.at], **{k: [v] for k, v in fields.items()}}), self.at)
+
+    def _activations(self) -> pa.Table:
+        from widgets.inspector.recording import edges
+
+        inner = np.array(edges(BINS))
+        inner[0], inner[-1] = -np.inf, np.inf
+        rows: dict[str, list[object]] = {n: [] for n in ("step", "layer", "count", "mean", "std", "min", "max", "zeros", "nonfinite", "histogram")}
+        for index, name in enumerate(self.modules):
+            values = self.random.standard_normal(4096) * (0.6 + 0.5 * math.sin(index) ** 2) * (1 + self.at / 3000)
+            if name.endswith("relu"):
+                values = np.maximum(values, 0)
+                if self.fault == "dead" and name.startswith("layer2") and self.at > 100:
+                    values = np.zeros_like(values)
+            facts = {"step": self.at, "layer": name, "count": 40_960, "mean": values.mean(), "std": values.std(), "min": values.min()}
+            facts |= {"max": values.max(), "zeros": float((values == 0).mean()), "nonfinite": 0}
+            facts["histogram"] = np.histogram(values, bins=inner)[0].astype(np.int32)
+            for key, value in facts.items():
+                rows[key].append(value)
+        return pa.table(rows)
+
+    def finish(self) -> None:
+        self.emit(events.Finished(step=self.at, metrics={"accuracy": 0.91}))
+        self.journal.close()
+
+    def until(self, step: int) -> Simulation:
+        while self.at < step:
+            self.step()
+        return self
+
+    def live(self, pause: float) -> Simulation:
+        """Go on to the end from a thread, ``pause`` seconds between readings."""
+
+        def go() -> None:
+            while self.at < self.total and not self._ended.is_set():
+                self.step()
+                time.sleep(pause)
+            if not self._ended.is_set():
+                self.finish()
+
+        threading.Thread(target=go, daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        self._ended.set()

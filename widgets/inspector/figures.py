@@ -1,0 +1,131 @@
+"""A recording as plotly figures for code, and as a small static drawing for notebooks that are files.
+
+* :func:`plotly_figures` — by name, of what has readings;
+* :func:`static_html` — a few tens of kilobytes of HTML and SVG, without scripts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from widgets import svg
+from widgets.inspector.recording import FIELDS, Recording, edges
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+_MARKS = {"error": "✕", "warning": "▲", "info": "•"}
+Findings = Sequence[tuple[str, str, str]]
+
+
+def log_norms(recording: Recording) -> np.ndarray:
+    """log10 of gradient norms, shape (columns, layers); NaN where there is none, zero or not finite."""
+    assert recording.gradients is not None
+    norms = recording.gradients.values.astype("f8")
+    good = np.isfinite(norms) & (norms > 0)
+    return np.where(good, np.log10(np.where(good, norms, 1.0)), np.nan)
+
+
+def shares(recording: Recording) -> tuple[np.ndarray, list[str], int]:
+    """Latest distributions [bins, layers] as roots of shares of the fullest bin, labels of the bins, and the step."""
+    counts, _, step = recording.distributions()
+    counts = np.nan_to_num(counts)
+    present = np.flatnonzero(counts.sum(axis=0))
+    low, high = (int(present[0]), int(present[-1]) + 1) if len(present) else (0, recording.bins)
+    shown = counts[:, low:high]
+    centres = [(a + b) / 2 for a, b in zip(edges(recording.bins), edges(recording.bins)[1:], strict=False)][low:high]
+    return np.sqrt(shown / np.maximum(shown.max(axis=1, keepdims=True), 1)).T, [f"{c:.3g}" for c in centres], step
+
+
+def plotly_figures(recording: Recording) -> dict[str, go.Figure]:
+    """Figures of the loss and metrics, gradient norms, activation distributions and memory."""
+    import plotly.graph_objects as go
+
+    figures: dict[str, go.Figure] = {}
+    curves = {n: line.arrays() for n, line in recording.lines.items() if len(line)}
+    loss = {n: xy for n, xy in curves.items() if not n.startswith("memory:")}
+    if loss:
+        figures["loss"] = figure = go.Figure()
+        for name, (x, y) in loss.items():
+            label, right = name.removeprefix("metric:"), _on_the_right(name)
+            mode = "lines+markers" if name.startswith("metric:") else "lines"
+            figure.add_scatter(x=x, y=y, name="held-out loss" if name == "metric:loss" else label, mode=mode, yaxis="y2" if right else "y")
+        figure.update_layout(xaxis_title="step", yaxis_title="loss", yaxis2={"overlaying": "y", "side": "right", "showgrid": False})
+    if recording.gradients is not None:
+        z = log_norms(recording).T
+        bar = {"title": "log₁₀ norm"}
+        heat = go.Heatmap(x=recording.gradients.x, y=recording.layers("gradients"), z=z, colorscale="Viridis", colorbar=bar)
+        figures["gradients"] = go.Figure(heat).update_layout(xaxis_title="step", yaxis_autorange="reversed")
+    if recording.activations is not None:
+        z, labels, step = shares(recording)
+        heat = go.Heatmap(x=labels, y=recording.layers("activations"), z=z.T, colorscale="Viridis", showscale=False)
+        figures["activations"] = go.Figure(heat).update_layout(
+            xaxis={"title": f"value, at step {step}", "type": "category"}, yaxis_autorange="reversed"
+        )
+    memory = {n: xy for n, xy in curves.items() if n.startswith("memory:")}
+    if memory:
+        figures["memory"] = figure = go.Figure()
+        for name, (x, y) in memory.items():
+            _, rank, field = name.split(":")
+            figure.add_scatter(x=x, y=y, name=f"rank {rank} {field}", mode="lines")
+        figure.update_layout(xaxis_title="step", yaxis_title="bytes", yaxis_rangemode="tozero")
+    for name, figure in figures.items():
+        figure.update_layout(template="plotly_white", height=360, margin={"t": 40}, title=f"{recording.run.id}: {name}")
+    return figures
+
+
+def static_html(recording: Recording, header: Mapping[str, Any], findings: Findings) -> str:
+    """The run as it is now: header, findings, curves and heat maps. No scripts, at most about 60 kB."""
+    quiet = "color:var(--jp-ui-font-color2,#777)"
+    facts = [f"step {header['step']:,} of {header['total']:,}", f"epoch {header['epoch']}", header["facts"]]
+    parts = [
+        f'<p style="margin:0 0 2px"><strong>{escape(header["name"])}</strong> — {escape(header["status"])}</p>',
+        f'<p style="margin:0 0 8px;{quiet}">{escape(" · ".join(filter(None, facts)))}</p>',
+    ]
+    for severity, message, remedy in findings[:8]:
+        tried = f' <span style="{quiet}">Try <code>{escape(remedy)}</code></span>' if remedy else ""
+        parts.append(f'<p style="margin:0 0 4px">{_MARKS[severity]} {escape(message)}{tried}</p>')
+    loss = {}
+    for name, line in recording.lines.items():
+        if not name.startswith("memory:"):
+            label = "held-out loss" if name == "metric:loss" else name.removeprefix("metric:")
+            loss[label] = (*line.arrays(), 2 if _on_the_right(name) else 1)
+    parts.append(_section("Loss and metrics", svg.chart(loss)))
+    if recording.gradients is not None:
+        drawn = svg.heat_map(recording.layers("gradients"), recording.gradients.x, log_norms(recording), title="log₁₀ of the norm")
+        parts.append(_section("Gradient norms by layer", drawn))
+    if recording.activations is not None:
+        z, labels, step = shares(recording)
+        drawn = svg.heat_map(
+            recording.layers("activations"), np.arange(len(labels)), z, title=f"share of values, step {step}", x_title="value", ticks=labels
+        )
+        parts.append(_section("Activations by layer", drawn))
+    memory = {}
+    for name, line in recording.lines.items():
+        if name.startswith("memory:"):
+            _, rank, field = name.split(":")
+            if field in FIELDS[:1] or recording.world_size == 1:
+                x, y = line.arrays()
+                memory[f"rank {rank} {field}, GB" if recording.world_size > 1 else f"{field}, GB"] = (x, y / 1e9, 1)
+    if memory:
+        parts.append(_section("Memory", svg.chart(memory, height=160)))
+    style = "font-family:var(--jp-ui-font-family,sans-serif);font-size:13px;color:var(--jp-ui-font-color1,inherit)"
+    return f'<div style="{style}">{"".join(parts)}</div>'
+
+
+def empty_html() -> str:
+    return svg.note("The Inspector has no run open: inspector.open(run) shows one.")
+
+
+def _section(title: str, content: str) -> str:
+    style = "margin:12px 0 4px;font-size:12px;font-weight:600;color:var(--jp-ui-font-color2,#777)"
+    return f'<p style="{style}">{escape(title)}</p>{content}'
+
+
+def _on_the_right(name: str) -> bool:
+    """Metrics other than losses have the right axis."""
+    return name.startswith("metric:") and "loss" not in name

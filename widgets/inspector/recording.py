@@ -1,0 +1,332 @@
+"""What an Inspector knows of a run: curves and heat maps of bounded size, grown from events and reading segments.
+
+* :class:`Recording` — takes events (:meth:`~Recording.take_events`), reads new segments (:meth:`~Recording.read`), and writes
+  what changed into a :class:`widgets.frames.Frame`.
+* :class:`Join` — brings the ranks' readings of a step together.
+
+Names in frames: lines ``loss``, ``metric:NAME``, ``memory:RANK:FIELD``; heat maps ``gradients`` (layer × step) and ``layer``
+(value bin × step of the chosen layer); ``activations``, the latest distributions of all layers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from widgets.frames import Columns, Frame, Line
+from workbench import events, storage
+from workbench.run import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+KINDS = ("gradients", "activations", "memory")
+COLUMNS = 500
+"""Columns of the gradients' heat map: a card is about that many pixels wide."""
+HISTORY = 120
+"""Columns of the activations' history, which holds every layer's histograms."""
+BATCH = 200
+"""Segments read at once, so that a long history appears step by step."""
+FIELDS = ("allocated", "reserved", "peak")
+
+
+class Join:
+    """Readings of one kind, step by step: waits for every rank known, and passes a step on once, merged.
+
+    A step that lacks a rank is passed on when a later one is complete: that rank will not report it any more.
+    """
+
+    def __init__(self, merge: Callable[[list[Any]], Any]) -> None:
+        self._merge = merge
+        self._ranks: set[int] = set()
+        self._waiting: dict[int, dict[int, Any]] = {}
+        self._last = -1
+
+    def put(self, step: int, rank: int, value: Any) -> None:
+        self._ranks.add(rank)
+        if step > self._last:
+            self._waiting.setdefault(step, {})[rank] = value
+
+    def take(self, everything: bool = False) -> Iterable[tuple[int, Any]]:
+        """(step, merged) of the steps that are ready, in order."""
+        complete = [step for step, by_rank in self._waiting.items() if len(by_rank) == len(self._ranks)]
+        limit = max(self._waiting, default=-1) if everything else max(complete, default=-1)
+        for step in sorted(s for s in self._waiting if s <= limit):
+            by_rank = self._waiting.pop(step)
+            self._last = step
+            yield step, self._merge([by_rank[rank] for rank in sorted(by_rank)])
+
+
+class Recording:
+    """A run, bounded for display.
+
+    Args:
+        run: the run.
+        rank: whose readings the heat maps show; None merges all ranks (norms: the largest; distributions: added).
+    """
+
+    def __init__(self, run: Run, rank: int | None = None) -> None:
+        self.run, self.rank = run, rank
+        self.layer: str | None = None
+        self.at: int | None = None
+        self._layers: dict[str, dict[str, int]] = {"gradients": {}, "activations": {}}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, to be read anew."""
+        self.lines: dict[str, Line] = {"loss": Line()}
+        self.total = 0.0
+        self.world_size = 1
+        self.started: events.AttemptStarted | None = None
+        self._starts: list[tuple[int, int]] = []
+        self._sent_facts: dict[str, Any] = {}
+        self.reset_readings()
+
+    def reset_readings(self) -> None:
+        self._seen: dict[str, set[str]] = {kind: set() for kind in KINDS}
+        self._stamp = 0
+        self._joins = {"gradients": Join(_highest), "activations": Join(_added)}
+        self.gradients: Columns | None = None
+        self.activations: Columns | None = None
+        self.stats = np.zeros((0, 4))
+        self.bins = 0
+        self._detail: Columns | None = None
+        self.tables: dict[str, tuple[list[Any], deque[Any]]] = {kind: ([], deque(maxlen=12)) for kind in KINDS}
+        for name in [n for n in self.lines if n.startswith("memory:")]:
+            del self.lines[name]
+        self._changed = {"gradients", "activations", "layer", *self.lines}
+
+    # -- taking in ------------------------------------------------------------------------------------------------
+
+    def take_events(self, fresh: Sequence[events.Event], anew: bool) -> None:
+        """Take events; with ``anew``, those of before no longer count."""
+        if anew:
+            self.reset()
+        for event in fresh:
+            if isinstance(event, events.AttemptStarted):
+                self._starts.append((event.attempt, event.step))
+                self.started, self.world_size = event, event.world_size
+                if len(self._starts) > 1 and not anew:
+                    self.reset_readings()  # a reading may lie past the last event, and past the checkpoint
+            elif isinstance(event, events.Steps):
+                values = [float("nan") if v is None else v for v in event.loss]
+                self._extend("loss", range(event.first, event.first + len(values)), values)
+            elif isinstance(event, events.Evaluated):
+                for name, value in event.metrics.items():
+                    self._extend(f"metric:{name}", [event.step], [value])
+
+    def read(self, *, last: bool = False) -> bool:
+        """Read segments not yet read; True when more are waiting. ``last``: no more will come."""
+        folder = self.run.path / "readings"
+        if not folder.exists():
+            return False
+        stamp = folder.stat().st_mtime_ns
+        if stamp == self._stamp and not last:
+            return False
+        more = False
+        for kind in KINDS:
+            found = list(islice(storage.read_segments(folder, kind, self._seen[kind]), BATCH))
+            more = more or len(found) == BATCH
+            for attempt, rank, table in found:
+                if not self._take(kind, attempt, rank, table):
+                    self.reset_readings()  # a layer not seen before: the heat map gets a row for it from the start
+                    return True
+        if not more:
+            self._stamp = stamp
+            for step, norms in self._joins["gradients"].take(last):
+                self._append_gradients(step, norms)
+            for step, (counts, stats) in self._joins["activations"].take(last):
+                self._append_activations(step, counts, stats)
+        return more
+
+    def _take(self, kind: str, attempt: int, rank: int, table: pa.Table) -> bool:
+        limit = min((step for number, step in self._starts if number > attempt), default=None)
+        if limit is not None:
+            table = table.filter(np.asarray(table["step"]) <= limit)
+        if not table.num_rows:
+            return True
+        head, tail = self.tables[kind]
+        slim = table.drop_columns("histogram") if kind == "activations" else table
+        (head if len(head) < 3 * self.world_size else tail).append((rank, slim))
+        if kind == "memory":
+            for name in FIELDS:
+                self._extend(f"memory:{rank}:{name}", table["step"].to_pylist(), table[name].to_pylist())
+            self.total = max(self.total, float(table["total"][0].as_py()))
+            return True
+        if self.rank not in (None, rank):
+            return True
+        rows, known = self._layers[kind], len(self._layers[kind])
+        index = np.array([rows.setdefault(name, len(rows)) for name in table["layer"].to_pylist()])
+        if known and len(rows) > known:
+            return False
+        values = self._norms(table) if kind == "gradients" else self._distributions(table)
+        steps = np.asarray(table["step"])
+        bounds = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(steps)]
+        for begin, end in zip(bounds, bounds[1:], strict=False):
+            whole = np.full((len(rows), values.shape[1]), np.nan)
+            whole[index[begin:end]] = values[begin:end]
+            self._joins[kind].put(int(steps[begin]), rank, whole)
+        return True
+
+    @staticmethod
+    def _norms(table: pa.Table) -> np.ndarray:
+        """[N, 1]: gradient norms, infinite where an element is not finite."""
+        broken = np.asarray(table["nonfinite"], dtype="f8") > 0
+        return np.where(broken, np.inf, np.asarray(table["norm"], dtype="f8"))[:, None]
+
+    def _distributions(self, table: pa.Table) -> np.ndarray:
+        """[N, 4 + bins]: count, mean, mean square, share of zeros, then the histogram."""
+        histogram = np.asarray(table["histogram"].combine_chunks().flatten(), dtype="f8").reshape(table.num_rows, -1)
+        self.bins = histogram.shape[1]
+        count, mean, std, zeros = (np.asarray(table[name], dtype="f8") for name in ("count", "mean", "std", "zeros"))
+        return np.column_stack([count, mean, std**2 + mean**2, zeros, histogram])
+
+    def _append_gradients(self, step: int, norms: np.ndarray) -> None:
+        if self.gradients is None:
+            self.gradients = Columns(len(norms), COLUMNS)
+        self.gradients.append(step, norms[:, 0])
+        self._changed.add("gradients")
+
+    def _append_activations(self, step: int, counts: np.ndarray, stats: np.ndarray) -> None:
+        if self.activations is None:
+            self.activations = Columns(counts.size, HISTORY, merge="sum")
+        self.activations.append(step, counts.ravel())
+        self.stats = stats
+        rows = self._rows_of_layer()
+        if rows is not None:
+            if self._detail is None:
+                self._detail = self.activations.part(rows)
+            else:
+                self._detail.append(step, counts.ravel()[rows])
+            self._changed.add("layer")
+        self._changed.add("activations")
+
+    def _extend(self, name: str, xs: Iterable[float], ys: Iterable[float]) -> None:
+        self.lines.setdefault(name, Line()).extend(xs, ys)
+        self._changed.add(name)
+
+    # -- choices of the viewer ----------------------------------------------------------------------------------------
+
+    def choose_layer(self, name: str | None) -> None:
+        """Show one layer's history: a parameter's name or a module's path; None closes it."""
+        self.layer = name
+        rows = self._rows_of_layer()
+        self._detail = self.activations.part(rows) if self.activations is not None and rows is not None else None
+        self._changed.add("layer")
+
+    def choose_time(self, at: int | None) -> None:
+        """Show the distributions of column ``at`` of the history; None follows the latest."""
+        self.at = at
+        self._changed.add("activations")
+
+    def module_of_layer(self) -> str | None:
+        """The module whose activations belong to the chosen layer, which may be a parameter's name."""
+        if self.layer is None:
+            return None
+        rows = self._layers["activations"]
+        return next((n for n in (self.layer, self.layer.rpartition(".")[0]) if n in rows), None)
+
+    def layers(self, kind: str) -> list[str]:
+        return list(self._layers[kind])
+
+    def _rows_of_layer(self) -> slice | None:
+        module = self.module_of_layer()
+        if module is None or not self.bins:
+            return None
+        row = self._layers["activations"][module]
+        return slice(row * self.bins, (row + 1) * self.bins)
+
+    # -- giving out ---------------------------------------------------------------------------------------------------
+
+    def distributions(self) -> tuple[np.ndarray, int, int]:
+        """Counts [layers, bins] at the chosen time, the column shown, and its step."""
+        assert self.activations is not None
+        last = len(self.activations) - 1
+        at = last if self.at is None else min(self.at, last)
+        return self.activations.values[at].reshape(-1, self.bins), at, int(self.activations.x[at])
+
+    def write(self, frame: Frame, whole: bool = False) -> None:
+        """Add what changed since the last call to ``frame``, or everything."""
+        changed = {"gradients", "activations", "layer", *self.lines} if whole else self._changed
+        self._changed = set()
+        if whole:
+            self._sent_facts.clear()
+        metrics = [n.removeprefix("metric:") for n in self.lines if n.startswith("metric:")]
+        ranks = sorted({int(n.split(":")[1]) for n in self.lines if n.startswith("memory:")})
+        self.fact(frame, "metrics", metrics)
+        self.fact(frame, "memory", {"ranks": ranks, "total": self.total})
+        self.fact(frame, "layers", {"gradients": self.layers("gradients"), "activations": self.layers("activations")})
+        self.fact(frame, "choice", {"layer": self.layer, "module": self.module_of_layer(), "rank": self.rank})
+        if self.bins:
+            self.fact(frame, "edges", edges(self.bins))
+        for name in sorted(changed & set(self.lines)):
+            self.lines[name].write(frame, name, whole)
+        if "gradients" in changed:
+            _write(self.gradients, frame, "gradients", whole)
+        if "activations" in changed and self.activations is not None:
+            self._write_distributions(frame)
+        if "layer" in changed:
+            _write(self._detail, frame, "layer", whole)
+
+    def fact(self, frame: Frame, name: str, value: Any) -> None:
+        """Add a fact when it is not what the page knows."""
+        if self._sent_facts.get(name, _write) != value:
+            self._sent_facts[name] = value
+            frame.add("fact", name, value=value)
+
+    def _write_distributions(self, frame: Frame) -> None:
+        counts, at, step = self.distributions()
+        assert self.activations is not None
+        present = np.flatnonzero(np.nan_to_num(counts).sum(axis=0))
+        low, high = (int(present[0]), int(present[-1]) + 1) if len(present) else (0, self.bins)
+        shown = np.nan_to_num(counts[:, low:high])
+        share = shown / np.maximum(shown.max(axis=1, keepdims=True), 1)
+        # A byte a cell is as fine as the eye sees; the root lifts the tails.
+        levels = np.round(255 * np.sqrt(share)).astype(np.uint8)
+        count, mean, square, zeros = self.stats.T
+        stats = np.column_stack([mean, np.sqrt(np.maximum(square - mean**2, 0)), zeros]) if self.at is None else np.zeros((0, 3))
+        facts = {"rows": len(levels), "bins": high - low, "low": low, "step": step, "at": at, "of": len(self.activations)}
+        frame.add("levels", "activations", stats, packed=levels, stats=len(stats), **facts)
+
+    def frame_of(self, kind: str) -> pd.DataFrame:
+        """The first and the last readings of ``kind`` with their ranks, as :mod:`workbench.diagnosis` takes them."""
+        import pandas as pd
+
+        head, tail = self.tables[kind]
+        parts = [table.to_pandas().assign(rank=rank) for rank, table in [*head, *tail]]
+        return pd.concat(parts, ignore_index=True).sort_values("step", kind="stable") if parts else pd.DataFrame()
+
+
+def edges(bins: int) -> list[float]:
+    """Finite edges of the histogram's bins: those of ``workbench.probes.EDGES``, the outermost one bin beyond their neighbours.
+
+    Written out here, since that package imports torch, which would cost the kernel seconds; a test holds them equal.
+    """
+    magnitudes = [2.0 ** ((k - 32) / 2) for k in range((bins - 1) // 2 + 1)]
+    return [*(-m for m in reversed(magnitudes)), *magnitudes]
+
+
+def _write(columns: Columns | None, frame: Frame, name: str, whole: bool) -> None:
+    if columns is not None:
+        columns.write(frame, name, whole)
+    elif not whole:
+        frame.add("forget", name)
+
+
+def _highest(readings: list[np.ndarray]) -> np.ndarray:
+    highest = readings[0]
+    for other in readings[1:]:
+        highest = np.fmax(highest, other)
+    return highest
+
+
+def _added(readings: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Histograms [layers, bins] added, and [layers, 4] count, mean, mean square, zeros weighted by count."""
+    count = np.nansum([r[:, 0] for r in readings], axis=0)
+    weighted = np.nansum([r[:, 1:4] * r[:, :1] for r in readings], axis=0) / np.maximum(count, 1)[:, None]
+    return np.nansum([r[:, 4:] for r in readings], axis=0), np.column_stack([count, weighted])
