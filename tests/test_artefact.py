@@ -91,7 +91,7 @@ def test_tied_weights_are_written_once_and_stay_tied(tmp_path):
 
 
 def test_a_module_from_elsewhere_is_refused_unless_weights_only(tmp_path):
-    with pytest.raises(ArtefactError, match="carries no structure.*weights_only=True"):
+    with pytest.raises(ArtefactError, match=r"carries no structure.*weights_only=True"):
         save_model(nn.Linear(2, 2), tmp_path / "m")
     save_model(nn.Linear(2, 2), tmp_path / "m", weights_only=True)
     with pytest.raises(ArtefactError, match="load_model\\(path, model=module\\)"):
@@ -103,7 +103,7 @@ def test_truncated_weights_are_reported(model, tmp_path, keep):
     save_model(model, tmp_path / "m")
     file = tmp_path / "m" / WEIGHTS
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(ArtefactError, match="damaged.*copy it again"):
+    with pytest.raises(ArtefactError, match=r"damaged.*copy it again"):
         load_model(tmp_path / "m")
 
 
@@ -113,7 +113,7 @@ def test_one_flipped_bit_is_reported(model, tmp_path):
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ArtefactError, match="isn't the file that structure.json describes"):
+    with pytest.raises(ArtefactError, match=r"isn't the file that structure\.json describes"):
         load_model(tmp_path / "m")
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from workbench.errors import ArtefactError, ConfigError
-from workbench.models.structure import Structure, structure_of
+from workbench.models.structure import Structure, count_parameters, structure_of
 from workbench.registry import Registry
 from workbench.storage import write_atomic
 
@@ -67,7 +67,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], *, weights_only: 
         "format": FORMAT,
         "model": structure.model,
         "transforms": structure.transforms,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": count_parameters(model),
         "tied": tied,
         "channels_last": any(_is_channels_last(tensor) for tensor in model.state_dict().values()),
         "sha256": hashlib.sha256(weights).hexdigest(),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,8 +58,26 @@ class _Compiled(nn.Module):
         key = (x.shape, x.dtype, x.stride())
         # Tracing reads the freezing flag too, so it can't be an option of torch.compile; and weights are frozen only where no
         # gradient can be asked for.
-        flag = nullcontext() if key in self._seen else torch._inductor.config.patch(freezing=True)
-        with flag, torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with (
+            self._tracing(key),
+            torch.no_grad(),
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16),
+        ):
             output = self._call[0](x)
         self._seen.add(key)
         return output
+
+    @contextmanager
+    def _tracing(self, key: tuple[Any, ...]) -> Iterator[None]:
+        if key in self._seen:
+            yield
+            return
+        # Models of one class share a cache of compiled code, and past its limit they would run uncompiled without a word.
+        with (
+            torch._inductor.config.patch(freezing=True),
+            torch._dynamo.config.patch(recompile_limit=1024),
+            warnings.catch_warnings(),
+        ):
+            # Inductor's lowering of INT8 convolutions copies zero points in a way that torch itself discourages.
+            warnings.filterwarnings("ignore", message="To copy construct from a tensor", category=UserWarning)
+            yield

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from workbench.compress.config import CRITERIA, PruneConfig
 from workbench.compress.surgery import History, attention_heads, explained, refresh_attention, reshaped, survivors
 from workbench.errors import ConfigError, ModelError, unknown
-from workbench.models.structure import structure_of
+from workbench.models.structure import count_parameters, structure_of
 
 _STEPS = 14
 """Bisections of the channel ratio: to 1/16384, finer than one channel of common models."""
@@ -64,7 +64,7 @@ def prune(model: nn.Module, config: PruneConfig | None = None, example: Any = No
     Source: Fang et al., "DepGraph: Towards Any Structural Pruning" (CVPR 2023) and "Isomorphic Pruning" (ECCV 2024).
     """
     config = config or PruneConfig()
-    source = copy.deepcopy(model).eval()
+    source = copy.deepcopy(model).eval().requires_grad_(True)  # coupling is traced through autograd: frozen layers count too
     x = _one_sample(source, example)
     ignored = _matching(source, config.ignored) | _outputs(source, x)
     history, removed = _search(source, x, ignored, config)
@@ -84,11 +84,6 @@ def prune(model: nn.Module, config: PruneConfig | None = None, example: Any = No
     record["layers"] = layers
     pruned.structure = structure_of(model).then(record)  # type: ignore[assignment]
     return pruned
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_macs(model: nn.Module, x: torch.Tensor) -> int:

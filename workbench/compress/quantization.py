@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import operator
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from torch.fx import GraphModule, Node
 
 from workbench.compress.config import QuantConfig
 from workbench.errors import ArtefactError, DataError, ModelError
-from workbench.models.structure import Structure, structure_of
+from workbench.models.structure import Structure, count_parameters, structure_of
 
 _OPS = torch.ops.quantized_decomposed
 
@@ -85,11 +86,14 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, data: Any = No
             "Use mode='static' with calibration data, or mode='dynamic' for linear layers.",
         )
     source = copy.deepcopy(model).cpu().eval()
-    if config.mode == "dynamic":
-        quantized, record = _dynamic(source), {}
-    else:
-        quantized, record = _static(source, config, data)
-    record = {"kind": "quantize", "config": config.model_dump(mode="json"), **record, "versions": _versions()}
+    quantized, found = (_dynamic(source), {}) if config.mode == "dynamic" else _static(source, config, data)
+    record = {
+        "kind": "quantize",
+        "config": config.model_dump(mode="json"),
+        "parameters": count_parameters(model),
+        **found,
+        "versions": _versions(),
+    }
     quantized.structure = structure_of(model).then(record)  # type: ignore[assignment]
     return quantized
 
@@ -160,7 +164,7 @@ def _samples(data: Any, limit: int) -> Iterator[torch.Tensor]:
         return
     if not isinstance(data, torch.Tensor) and not isinstance(data, Iterable):
         raise DataError(f"Calibration data is a {type(data).__name__}.", "Pass a tensor (N, ...) or an iterable of batches.")
-    for batch in data.split(64) if isinstance(data, torch.Tensor) else data:
+    for batch in torch.split(data, 64) if isinstance(data, torch.Tensor) else data:
         x = batch[0] if isinstance(batch, tuple | list) else batch
         if not isinstance(x, torch.Tensor):
             raise DataError(
@@ -190,7 +194,10 @@ def _prepare(source: nn.Module, x: torch.Tensor, config: QuantConfig) -> GraphMo
         ) from error
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config(reduce_range=config.activation_bit == 7))
-    return cast(GraphModule, prepare_pt2e(exported, quantizer))
+    with warnings.catch_warnings():
+        # A pooling layer between float layers stays float: that's right, and not worth a page of settings.
+        warnings.filterwarnings("ignore", message=".*is not quantized, skip annotate", category=UserWarning)
+        return cast(GraphModule, prepare_pt2e(exported, quantizer))
 
 
 def _convert(prepared: GraphModule) -> GraphModule:

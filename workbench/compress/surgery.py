@@ -145,7 +145,7 @@ def _attentions(model: nn.Module) -> Iterator[tuple[nn.Module, int, list[nn.Line
 def explained(model: nn.Module) -> Iterator[None]:
     """Errors of the dependency graph, in words."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.enable_grad():
             # Parameters outside layers (position embeddings) are announced; the library's choice of their dimension is right.
             warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
             yield

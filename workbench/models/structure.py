@@ -32,3 +32,11 @@ def structure_of(model: nn.Module) -> Structure:
     """The structure that ``model`` carries, or an empty one for a module from elsewhere."""
     found = getattr(model, "structure", None)
     return found if isinstance(found, Structure) else Structure()
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters, tied ones once; of a quantized model, those it had before they became integers."""
+    for transform in reversed(structure_of(model).transforms):
+        if "parameters" in transform:
+            return int(transform["parameters"])
+    return sum(parameter.numel() for parameter in model.parameters())
