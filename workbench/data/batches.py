@@ -134,6 +134,7 @@ class Batches:
                 prefetch_factor=4 if workers else None,
                 pin_memory=self.target.device.type == "cuda",
                 collate_fn=_collate,
+                generator=torch.Generator(),  # else each pass over the loader draws from the generator that dropout draws from
             )
         self._plan.epoch, self._plan.start = epoch, start
         yield from _moved(iter(self._loader), self.target.device)
@@ -171,7 +172,13 @@ class Batches:
                 yield (self._normalize(x) if x.dtype == torch.uint8 and x.ndim == 4 else x), y, len(rows)
             return
         plan = [[(0, row) for row in mine[start : start + size]] for start in range(0, len(mine), size)]
-        loader = DataLoader(_Seeded(split, self.seed), batch_sampler=plan, num_workers=self.config.workers, collate_fn=_collate)
+        loader = DataLoader(
+            _Seeded(split, self.seed),
+            batch_sampler=plan,
+            num_workers=self.config.workers,
+            collate_fn=_collate,
+            generator=torch.Generator(),
+        )
         for x, y in _moved(iter(loader), self.target.device):
             yield (self._normalize(x) if isinstance(x, Tensor) and x.dtype == torch.uint8 and x.ndim == 4 else x), y, len(y)
 
@@ -212,7 +219,7 @@ class _Seeded(Dataset[Any]):
         seed = derive_seed(self.seed, epoch, index)
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002 - users' transforms draw from the global generator
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would seed the accelerator's generator too
         if isinstance(self.source, Arrays):
             return self.source.x[index], self.source.y[index]
         return self.source[index]
