@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -169,6 +170,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Metrics on the held-out samples, over all ranks: ``val_loss``, and for class labels ``accuracy``."""
         self.meter.flush()
+        self._share_buffers()
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         classes = False
@@ -194,6 +196,7 @@ class Trainer:
         self.meter.flush()
         self.probes.collect(wait=True)
         self.recorder.flush(durable=True)
+        self._share_buffers()
         state = checkpoint.training_state(self.model, self.optimizer, self._extra(), self.world)
         facts = {"step": self.step, "lr_scale": self.schedule.scale, "metrics": self.metrics, "world_size": self.world.size}
         checkpoint.save(path.parent, self.step, state, facts, self.world, self.config.checkpoint.keep)
@@ -225,6 +228,12 @@ class Trainer:
         return extra
 
     # -- small parts ----------------------------------------------------------------------------------------------
+
+    def _share_buffers(self) -> None:
+        """Rank 0's buffers to all, as the next forward pass would do: else a checkpoint mixes the ranks' batch statistics."""
+        if self.world.size > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, src=0)
 
     def _set_rate(self) -> float:
         rate = self.schedule.rate(self.step)
