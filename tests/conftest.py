@@ -1,0 +1,35 @@
+"""For every test: a runs folder of its own, few threads, and no process left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before anything imports torch: small models on few cores, and the same number of threads in every process of a test.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import psutil
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKBENCH_RUNS", str(tmp_path / "runs"))
+
+
+@pytest.fixture(autouse=True)
+def _no_worker_outlives_its_test() -> Iterator[None]:
+    yield
+    workers = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any("workbench.worker" in part for part in process.cmdline()):
+                process.kill()
+                workers.append(process)
+    psutil.wait_procs(workers, timeout=10)
+    if "workbench.launcher" in sys.modules:
+        for child in sys.modules["workbench.launcher"]._children.values():
+            child.poll()

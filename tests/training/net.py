@@ -1,0 +1,58 @@
+"""A small model whose training draws random numbers, named by its path in tests; ``pause`` slows its steps, ``fail`` plants faults."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+
+class Wait(nn.Module):
+    """Passes its input on after some seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.seconds and self.training:
+            time.sleep(self.seconds)
+        return x
+
+
+def net(num_classes: int = 10, in_channels: int = 1, width: int = 8, dropout: float = 0.2, pause: float = 0.0) -> nn.Sequential:
+    """[B, in_channels, H, W] -> logits [B, num_classes]; without batch normalization."""
+    return nn.Sequential(
+        Wait(pause),
+        nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
+        nn.GroupNorm(4, width),
+        nn.ReLU(inplace=True),
+        nn.Dropout(dropout),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4 * width, num_classes),
+    )
+
+
+def normed(num_classes: int = 10, in_channels: int = 1, width: int = 8) -> nn.Sequential:
+    """The same with batch normalization."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4 * width, num_classes),
+    )
+
+
+class Narrow(nn.Module):
+    """Three outputs, whatever it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.linear(x.flatten(1)))
