@@ -21,7 +21,7 @@ _EXPORTS = {
     "Form": "widgets.form",
 }
 
-__all__ = [*_EXPORTS]
+__all__ = ["ComparePanel", "Form", "Inspector", "LivePlot", "PrunePanel", "QuantizePanel", "RunList", "TrainPanel", "Workbench"]
 
 if TYPE_CHECKING:
     from widgets.compare import ComparePanel

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import anywidget
 import traitlets
 
 from widgets import theme
+from widgets.surface import Part
 
 
-class CodeView(anywidget.AnyWidget):
+class CodeView(Part):
     """Python code with a copy button.
 
     Args:

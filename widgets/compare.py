@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import ipywidgets
 
 from widgets import theme
-from widgets.compress import PERIOD, before_after, preamble, trained, variants
+from widgets.compress import PERIOD, job_section, preamble, source, trained, variants
 from widgets.form import Form
 from widgets.job import CODE, Job
+from widgets.markup import Html, button, tag
 from widgets.panel import Panel, box
 from widgets.scatter import scatter
 from widgets.surface import Surface
@@ -42,7 +42,7 @@ class ComparePanel(Panel):
         self.run: Run | None = run if run is not None else next(iter(trained()), None)
         self._chosen: set[str] | None = {str(path) for path in chosen} if chosen is not None else None
         self._form: Form[CompareConfig] | None = None
-        self._error = ""
+        self._error = Html()
         self._watcher: threading.Thread | None = None
 
     # -- what a user meets -----------------------------------------------------------------------------------------
@@ -58,7 +58,6 @@ class ComparePanel(Panel):
     @property
     def chosen(self) -> dict[str, Path]:
         """The candidates that are ticked."""
-        assert self.run is None or self.run.path
         wanted = self._chosen
         own = self.run.path / "variants" if self.run is not None else None
         return {name: p for name, p in self.candidates.items() if (str(p) in wanted if wanted is not None else p.parent == own)}
@@ -75,7 +74,7 @@ class ComparePanel(Panel):
         for name, path in self.chosen.items():
             inside = path.relative_to(self.run.path) if path.is_relative_to(self.run.path) else None
             lines.append(f"    {name!r}: {f'run.path / {str(inside)!r}' if inside else repr(str(path))},\n")
-        return preamble(self.run).replace("import Run, compare, save_model", "import Run, compare").replace("model = run.load_model()\n", "") + (
+        return preamble(self.run) + (
             f'variants = {{\n    "original": run,\n{"".join(lines)}}}\n'
             f"comparison = compare(variants, held_out, {config.to_code()})\n"
             f'comparison.to_html(run.path / "comparisons" / {self._next_name()!r} / "{REPORT}")\n'
@@ -101,7 +100,7 @@ class ComparePanel(Panel):
 
     # -- widgets ---------------------------------------------------------------------------------------------------
 
-    def _jobs_done(self) -> list[Job]:
+    def _comparisons(self) -> list[Job]:
         """This run's comparisons, newest first."""
         if self.run is None:
             return []
@@ -109,12 +108,13 @@ class ComparePanel(Panel):
         return [Job(p) for p in sorted(folders, key=lambda p: p.stat().st_ctime, reverse=True)]
 
     def _next_name(self) -> str:
-        taken = {job.folder.name for job in self._jobs_done()}
+        taken = {job.folder.name for job in self._comparisons()}
         return next(name for n in range(1, len(taken) + 2) if (name := f"compare-{n}") not in taken)
 
     def _build(self) -> ipywidgets.Widget:
         self._form = Form(CompareConfig)
-        on: dict[str, Any] = {"act": self._clicked, "run": self._choose, "tick": self._tick, "report": self._open_report, "cancel": self._cancel}
+        on: dict[str, Any] = {"act": self._clicked, "run": self._choose, "tick": self._tick}
+        on |= {"report": self._open_report, "cancel": self._cancel}
         self._source, self._button, self._results = Surface(on=on), Surface(on=on), Surface(on=on)
         left = box("wb-column", [self._source, self._form, self._button])
         frame = self._frame(box("wb-split", [left, box("wb-column", [self._results])]), self._code("Compare runs this code"))
@@ -123,58 +123,44 @@ class ComparePanel(Panel):
         self._watch()
         return frame
 
-    def _summary(self) -> str:
-        done = [job for job in self._jobs_done() if job.result.get("rows")]
+    def _summary(self) -> Html:
+        done = [job for job in self._comparisons() if job.result.get("rows")]
         if not done:
             return super()._summary()
-        return before_after(done[0].result["rows"]) + "".join(theme.notice(t, kind="warning") for t in done[0].result["warnings"])
+        return self._section(done[0])
 
     def _refresh(self) -> None:
         assert self._form is not None
-        run, chosen = self.run, self.chosen
-        options = "".join(
-            f'<option value="{escape(str(r.path), True)}"{" selected" if run is not None and r.path == run.path else ""}>{escape(r.id)}</option>'
-            for r in trained()
+        chosen, jobs = self.chosen, self._comparisons()
+        ticks = [self._tick_html(name, path, name in chosen) for name, path in list(self.candidates.items())[:50]]
+        first = source(trained(), str(self.run.path) if self.run is not None else "", "original, and its held-out data")
+        self._source.html = tag(
+            "div", first, tag("div", ticks, cls="wb-ticks", role="group", aria_label="Compare with"), cls="stack"
         )
-        ticks = "".join(
-            f'<label class="row wb-tick" data-key="{escape(str(path), True)}"><input type="checkbox" data-action="tick" data-value="{escape(str(path), True)}"'
-            f'{" checked" if name in chosen else ""}><span class="mono nowrap" title="{escape(str(path), True)}">{escape(name)}</span></label>'
-            for name, path in list(self.candidates.items())[:50]
+        off = self.run is None or bool(self._form.message) or any(job.status == "running" for job in jobs)
+        count = tag("span", f"{len(chosen) + 1} models", cls="quiet small grow")
+        line = tag("div", count, button("Compare", "act", primary=True, off=off), cls="row")
+        self._button.html = tag("div", line, self._error, cls="stack")
+        self._results.html = (
+            self._section(jobs[0]) if jobs else theme.empty("Accuracy, size and latency appear here, side by side.")
         )
-        self._source.html = (
-            f'<div class="stack"><label class="wb-source"><span class="quiet small">original, and its held-out data</span>'
-            f'<select data-input="run">{options}</select></label><div class="wb-ticks" role="group" aria-label="Compare with">{ticks}</div></div>'
-        )
-        jobs = self._jobs_done()
-        running = any(job.status == "running" for job in jobs)
-        off = " disabled" if run is None or running or self._form.message else ""
-        self._button.html = (
-            f'<div class="stack"><div class="row"><span class="quiet small grow">{len(chosen) + 1} models</span>'
-            f'<button class="primary" data-action="act"{off}>Compare</button></div>{self._error}</div>'
-        )
-        body = self._job_html(jobs[0]) if jobs else ""
-        self._results.html = body or '<div class="wb-empty"><p class="quiet">Accuracy, size and latency appear here, side by side.</p></div>'
         self._show_code(title="Compare runs this code")
 
-    def _job_html(self, job: Job) -> str:
-        status, result = job.status, job.result
-        name = escape(job.folder.name)
-        action = ""
-        if status == "running":
-            action = f'<button data-action="cancel" data-value="{escape(str(job.folder), True)}">Cancel</button>'
+    @staticmethod
+    def _tick_html(name: str, path: Path, on: bool) -> Html:
+        box_ = tag("input", type="checkbox", data_action="tick", data_value=str(path), checked=on)
+        return tag("label", box_, tag("span", name, cls="mono nowrap", title=str(path)), cls="row wb-tick", data_key=str(path))
+
+    @staticmethod
+    def _section(job: Job) -> Html:
+        action = None
+        if job.status == "running":
+            action = button("Cancel", "cancel", value=str(job.folder))
         elif (job.folder / REPORT).exists():
-            action = f'<button data-action="report" data-value="{escape(str(job.folder / REPORT), True)}">Open the report</button>'
-        head = (
-            f'<div class="row wb-head">{theme.chip(status)}<span class="mono grow nowrap" title="{escape(str(job.folder), True)}">{name}</span>'
-            f'<span class="quiet small keep">{theme.duration(job.seconds)}</span>{action}</div>'
+            action = button("Open the report", "report", value=str(job.folder / REPORT))
+        return job_section(
+            job, job.folder.name, action, lambda rows: scatter(rows, "latency_p50_ms", "latency of one sample, ms")
         )
-        if status == "running":
-            return f'<section class="stack">{head}<progress aria-label="Measuring"></progress></section>'
-        rows = result.get("rows") or []
-        body = before_after(rows) if rows else ""
-        body += "".join(theme.notice(text, kind="warning") for text in result.get("warnings", []))
-        body += scatter(rows, "latency_p50_ms", "latency of one sample, ms") if rows else ""
-        return f'<section class="stack">{head}{body}{job.problem()}</section>'
 
     # -- actions ---------------------------------------------------------------------------------------------------
 
@@ -183,7 +169,7 @@ class ComparePanel(Panel):
             self._error = theme.error_notice(error)
             self._refresh()
 
-        self._error = ""
+        self._error = Html()
         self._do(self.act, fail)
 
     def _choose(self, value: Any, _values: Mapping[str, Any]) -> None:
@@ -213,7 +199,7 @@ class ComparePanel(Panel):
 
     def _look(self) -> None:
         while not self._closed.is_set():
-            running = any(job.status == "running" for job in self._jobs_done())
+            running = any(job.status == "running" for job in self._comparisons())
             self._refresh()
             if not running or self._closed.wait(PERIOD):
                 return

@@ -7,9 +7,8 @@ A variant is a folder ``variants/NAME`` inside its run: the model, the code that
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +17,8 @@ import ipywidgets
 from widgets import theme
 from widgets.form import Form
 from widgets.job import CODE, STARTED, Job
-from widgets.panel import Panel, box, open_code
+from widgets.markup import Html, button, select, tag, text
+from widgets.panel import Panel, box, newest, open_code
 from widgets.surface import Surface
 from workbench.config import Config
 from workbench.errors import ConfigError, RunError
@@ -29,8 +29,8 @@ PERIOD = 0.5
 
 LOAD = """\
 run = {open}
-model = run.load_model()
-batches = Batches(load_splits(run.config.data, root=run.path), run.config.data, Shard(), Target(torch.device("cpu")), run.config.seed)
+data = run.config.data
+batches = Batches(load_splits(data, root=run.path), data, Shard(), Target(torch.device("cpu")), run.config.seed)
 held_out = [(x[:count], y[:count]) for x, y, count in batches.evaluation()]
 """
 IMPORTS = """\
@@ -69,9 +69,9 @@ def variants(run: Run, verb: str = "") -> list[Variant]:
     return [Variant(run, p.name) for p in sorted(folders, key=lambda p: p.stat().st_ctime, reverse=True)]
 
 
-def trained(root: Path | None = None) -> list[Run]:
-    """Runs that have a model."""
-    return [run for run in Run.all(root) if (run.path / "model.safetensors").exists()]
+def trained() -> list[Run]:
+    """Runs that have a model, newest first."""
+    return [run for run in newest() if (run.path / "model.safetensors").exists()]
 
 
 class CompressPanel(Panel):
@@ -94,7 +94,7 @@ class CompressPanel(Panel):
         self.run: Run | None = run if run is not None else next(iter(trained()), None)
         self._initial = config or self.config_class()
         self._form: Form[Any] | None = None
-        self._error = ""
+        self._error = Html()
         self._watcher: threading.Thread | None = None
         self._on_tune: Callable[[Path], None] | None = None
 
@@ -170,59 +170,42 @@ class CompressPanel(Panel):
         self._watch()
         return frame
 
-    def _summary(self) -> str:
-        if self.run is None:
-            return f"<p>{escape(self.empty)}</p>"
-        parts = [self._variant_html(variant) for variant in variants(self.run, self.verb)[:5]]
-        return "".join(parts) or f"<p>{escape(self.empty)}</p><pre>{escape(self.code)}</pre>"
+    def _summary(self) -> Html:
+        made = variants(self.run, self.verb)[:5] if self.run is not None else []
+        return text(self._section(variant) for variant in made) if made else tag("p", self.empty) + tag("pre", self.code)
 
     def _refresh(self) -> None:
         form = self._form
         assert form is not None
         runs = trained()
-        chosen = self.run.path if self.run is not None else None
-        if chosen is not None and all(run.path != chosen for run in runs):
-            runs = [self.run, *runs]  # type: ignore[list-item]
-        options = "".join(
-            f'<option value="{escape(str(r.path), True)}"{" selected" if r.path == chosen else ""}>{escape(r.id)}</option>' for r in runs
-        )
-        self._source.html = (
-            f'<label class="wb-source"><span class="quiet small">source run</span><select data-input="run" value="{escape(str(chosen or ""), True)}">'
-            f"{options}</select></label>"
-        )
-        running = any(v.job.status == "running" for v in variants(self.run, self.verb)) if self.run is not None else False
+        if self.run is not None and all(run.path != self.run.path for run in runs):
+            runs = [self.run, *runs]
+        chosen = str(self.run.path) if self.run is not None else ""
+        self._source.html = source(runs, chosen, "source run")
+        made = variants(self.run, self.verb) if self.run is not None else []
+        running = any(variant.job.status == "running" for variant in made)
         has_model = self.run is not None and (self.run.path / "model.safetensors").exists()
-        off = " disabled" if not has_model or form.message or running else ""
         problem = self._error
         if self.run is not None and not has_model:
-            problem = theme.notice(f"The run {self.run.id} has no model yet.", kind="warning", remedy="Wait until it has finished, or choose another.")
-        self._button.html = (
-            f'<div class="stack"><div class="row"><span class="grow"></span><button class="primary" data-action="act"{off}>'
-            f"{self.verb.capitalize()}</button></div>{problem}</div>"
-        )
-        made = variants(self.run, self.verb) if self.run is not None else []
-        body = "".join(self._variant_html(variant) for variant in made)
-        self._results.html = f'<div class="wb-variants">{body}</div>' if body else f'<div class="wb-empty"><p class="quiet">{escape(self.empty)}</p></div>'
+            remedy = "Wait until it has finished, or choose another."
+            problem = theme.notice(f"The run {self.run.id} has no model yet.", kind="warning", remedy=remedy)
+        act = button(self.verb.capitalize(), "act", primary=True, off=not has_model or bool(form.message) or running)
+        self._button.html = tag("div", tag("div", tag("span", cls="grow"), act, cls="row"), problem, cls="stack")
+        sections = [self._section(variant) for variant in made]
+        self._results.html = tag("div", sections, cls="wb-variants") if sections else theme.empty(self.empty)
         self._show_code()
 
-    def _variant_html(self, variant: Variant) -> str:
+    def _section(self, variant: Variant) -> Html:
+        """One variant: how it was made, and how it compares with the original."""
+        if not (variant.path / STARTED).exists():  # made by code, not by this panel
+            return tag("section", theme.heading("finished", variant.name, title=str(variant.path)), cls="stack")
         job, status = variant.job, variant.job.status
-        known = (variant.path / STARTED).exists()
-        actions = ""
+        action = None
         if status == "running":
-            actions = f'<button data-action="cancel" data-value="{escape(variant.name, True)}">Cancel</button>'
+            action = button("Cancel", "cancel", value=variant.name)
         elif variant.ready and self.tunable and self._on_tune is not None:
-            actions = f'<button data-action="tune" data-value="{escape(variant.name, True)}" title="Train this model further">Fine-tune</button>'
-        head = (
-            f'<div class="row wb-head">{theme.chip(status if known else "finished")}<span class="mono grow nowrap" title="{escape(str(variant.path), True)}">'
-            f'{escape(variant.name)}</span><span class="quiet small keep">{theme.duration(job.seconds) if known else ""}</span>{actions}</div>'
-        )
-        if status == "running":
-            return f'<section class="stack">{head}<progress aria-label="Working"></progress></section>'
-        result = job.result
-        body = before_after(result["rows"]) if result.get("rows") else ""
-        body += "".join(theme.notice(text, kind="warning") for text in result.get("warnings", []))
-        return f'<section class="stack">{head}{body}{job.problem() if known else ""}</section>'
+            action = button("Fine-tune", "tune", value=variant.name, title="Train this model further")
+        return job_section(job, variant.name, action)
 
     # -- actions ---------------------------------------------------------------------------------------------------
 
@@ -231,7 +214,7 @@ class CompressPanel(Panel):
             self._error = theme.error_notice(error)
             self._refresh()
 
-        self._error = ""
+        self._error = Html()
         self._do(self.act, fail)
 
     def _choose(self, value: Any, _values: Mapping[str, Any]) -> None:
@@ -262,7 +245,26 @@ class CompressPanel(Panel):
                 return
 
 
-def before_after(rows: list[dict[str, Any]]) -> str:
+def source(runs: Iterable[Run], chosen: str, label: str) -> Html:
+    """A drop-down of runs that sends ``run``."""
+    options = [(str(run.path), run.id) for run in runs]
+    return tag("label", tag("span", label, cls="quiet small"), select(options, chosen, "run", label), cls="wb-source")
+
+
+def job_section(job: Job, name: str, action: Html | None, more: Callable[[list[dict[str, Any]]], Html] | None = None) -> Html:
+    """A job that measures models: its state, then the table and the warnings; ``more`` is drawn from the rows below them."""
+    took = tag("span", theme.duration(job.seconds), cls="quiet small keep")
+    head = theme.heading(job.status, name, took, action, title=str(job.folder))
+    if job.status == "running":
+        return tag("section", head, tag("progress", aria_label="Working"), cls="stack")
+    result = job.result
+    rows = result.get("rows") or []
+    warnings = [theme.notice(words, kind="warning") for words in result.get("warnings", [])]
+    drawn = more(rows) if more is not None and rows else None
+    return tag("section", head, before_after(rows) if rows else None, warnings, drawn, job.problem(), cls="stack")
+
+
+def before_after(rows: list[dict[str, Any]]) -> Html:
     """A comparison's rows as a table of the facts that decide."""
     shown = [
         {
@@ -289,5 +291,6 @@ def size(count: float) -> str:
 
 
 def preamble(run: Run, *names: str) -> str:
-    """Imports, the model of ``run`` and its held-out batches."""
-    return IMPORTS.format(names=", ".join(sorted({"Run", "compare", "save_model", *names}))) + "\n" + LOAD.format(open=open_code(run))
+    """Imports, ``run`` and its held-out batches."""
+    imported = ", ".join(sorted({"Run", "compare", *names}))
+    return IMPORTS.format(names=imported) + "\n" + LOAD.format(open=open_code(run))

@@ -1,7 +1,7 @@
 """What a form needs to know of a Config class, read from its pydantic fields.
 
-* :class:`Field` — one setting: its control, bounds, choices, words; :meth:`Field.show` and :meth:`Field.parse` turn its value into
-  the text a control holds and back.
+* :class:`Field` — one setting: its control, bounds, choices, words; :meth:`Field.show` turns its value into the text a control
+  holds, :meth:`Field.parse` back.
 * :class:`Group` — a nested Config: its fields and groups.
 * :func:`read` — the :class:`Group` of a Config class.
 * :func:`suggestions` — names a registry offers for a field with ``hint(choices=...)``.
@@ -35,7 +35,7 @@ REGISTRIES: dict[str, tuple[str, ...]] = {
     "losses": ("workbench.losses:LOSSES",),
     "optimizers": ("workbench.optim_config:OPTIMIZERS",),
 }
-"""Where the names behind ``hint(choices=...)`` come from: registries, or functions that return names. Loaded when first asked for."""
+"""Where the names behind ``hint(choices=...)`` come from: registries, or functions that return names; loaded when asked for."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Group:
                 yield from member.groups()
 
     def spec(self) -> dict[str, Any]:
-        spec = {"path": self.path, "label": self.label, "control": "group", "help": self.help}
+        spec: dict[str, Any] = {"path": self.path, "label": self.label, "control": "group", "help": self.help}
         spec["members"] = [member.spec() for member in self.members]
         return spec | {name: True for name in ("optional", "advanced") if getattr(self, name)}
 
@@ -193,7 +193,10 @@ def _field(path: str, info: FieldInfo, kinds: list[Any], optional: bool, hints: 
     elif only is bool:
         control, more["options"] = "select", (None, True, False)
     elif only in (int, float) or kinds and set(kinds) <= {int, float}:
-        control, more = "number", {"integer": only is int, **_bounds(info), "log": bool(hints.get("log")), "step": hints.get("step")}
+        control, more = (
+            "number",
+            {"integer": only is int, **_bounds(info), "log": bool(hints.get("log")), "step": hints.get("step")},
+        )
     elif origin is Literal:
         control, more["options"] = "select", (*((None,) if optional else ()), *typing.get_args(only))
     elif isinstance(only, type) and issubclass(only, enum.Enum):
@@ -206,7 +209,12 @@ def _field(path: str, info: FieldInfo, kinds: list[Any], optional: bool, hints: 
         control, more["sequence"] = "yaml", origin in (list, tuple, set, frozenset)
         # Of a union such as int | Literal["auto"], the words are offered as suggestions.
         more["options"] = tuple(word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind))
-    common = {"help": _description(info), "default": _default(info), "optional": optional, "choices": str(hints.get("choices", ""))}
+    common = {
+        "help": _description(info),
+        "default": _default(info),
+        "optional": optional,
+        "choices": str(hints.get("choices", "")),
+    }
     return Field(path, control, advanced=bool(hints.get("advanced")), **common, **more)  # type: ignore[arg-type]
 
 

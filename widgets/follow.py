@@ -23,7 +23,9 @@ class Follower:
         on_look: called after each look, with the run's status.
     """
 
-    def __init__(self, run: Run, on_events: Callable[[Sequence[events.Event], bool], None], on_look: Callable[[str], None]) -> None:
+    def __init__(
+        self, run: Run, on_events: Callable[[Sequence[events.Event], bool], None], on_look: Callable[[str], None]
+    ) -> None:
         self.run = run
         self._on_events, self._on_look = on_events, on_look
         self._seen: list[events.Event] = []
@@ -39,8 +41,10 @@ class Follower:
         return self._thread.is_alive()
 
     def close(self) -> None:
-        """Stop watching. The thread ends within one look."""
+        """Stop watching: nothing is handed over any more once this returns."""
         self._closed.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(5)
 
     def _watch(self) -> None:
         while not self._closed.is_set():

@@ -11,18 +11,18 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
-import anywidget
 import traitlets
 from pydantic import ValidationError
 
 from widgets import fields, theme
+from widgets.surface import Part
 from workbench.config import Config, explain
 from workbench.errors import ConfigError
 
 C = TypeVar("C", bound=Config)
 
 
-class Form(anywidget.AnyWidget, Generic[C]):
+class Form(Part, Generic[C]):
     """A form from the fields of a Config class.
 
     Args:
@@ -42,7 +42,7 @@ class Form(anywidget.AnyWidget, Generic[C]):
     _schema = traitlets.Dict().tag(sync=True)
     _raw = traitlets.Dict().tag(sync=True)
     _errors = traitlets.Dict().tag(sync=True)
-    _open = traitlets.List().tag(sync=True)
+    _open: traitlets.List[str] = traitlets.List().tag(sync=True)
     disabled = traitlets.Bool(False).tag(sync=True)
 
     def __init__(self, config_class: type[C], value: C | None = None, *, first: Iterable[str] = ()) -> None:
@@ -149,7 +149,11 @@ class Form(anywidget.AnyWidget, Generic[C]):
             elif _get(values, path)[1] is None:
                 _set(values, path, {})
         for path, field in self._fields.items():
-            if any(path.startswith(group + ".") for group in absent) or raw.get(path) == self._shown.get(path) and _get(values, path)[0]:
+            if (
+                any(path.startswith(group + ".") for group in absent)
+                or raw.get(path) == self._shown.get(path)
+                and _get(values, path)[0]
+            ):
                 continue
             try:
                 _set(values, path, field.parse(raw.get(path)))

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from dataclasses import asdict
@@ -23,8 +24,6 @@ from workbench.launcher import Process, terminate
 from workbench.storage import write_atomic
 
 CODE, STARTED, LOG, RESULT = "action.py", "action.json", "action.log", "result.json"
-
-_children: dict[int, subprocess.Popen[bytes]] = {}
 
 
 class Job:
@@ -50,7 +49,7 @@ class Job:
                 env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": paths},
                 start_new_session=True,
             )
-        _children[child.pid] = child
+        threading.Thread(target=child.wait, daemon=True).start()  # else it stays a zombie
         write_atomic(folder / STARTED, json.dumps({"process": asdict(Process.of(child.pid)), "time": time.time()}))
         return cls(folder)
 
@@ -61,7 +60,7 @@ class Job:
         if result:
             return str(result["status"])
         process = self._process()
-        if process is None or not _alive(process):
+        if process is None or process.alive() is False:
             return str(self.result.get("status", "lost"))  # it may have ended between the two looks
         return "running"
 
@@ -100,7 +99,9 @@ class Job:
             result = self.result
             return theme.notice(result["what"], remedy=result["remedy"], details=result["details"])
         if status == "lost":
-            return theme.notice("The process ended without a word.", remedy="It may have run out of memory, or been ended.", details=self.tail())
+            return theme.notice(
+                "The process ended without a word.", remedy="It may have run out of memory, or been ended.", details=self.tail()
+            )
         return ""
 
     def tail(self, lines: int = 20) -> str:
@@ -115,13 +116,6 @@ class Job:
         return Process(**values["process"]) if values else None
 
 
-def _alive(process: Process) -> bool:
-    child = _children.get(process.pid)
-    if child is not None and child.poll() is not None:
-        return False
-    return process.alive() is not False
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_bytes()))
@@ -132,7 +126,7 @@ def _read(path: Path) -> dict[str, Any]:
 def execute(code: str, name: str = "<the panel's code>") -> dict[str, Any]:
     """Run an action's code in a namespace of its own; the names it made."""
     names: dict[str, Any] = {"__name__": "workbench_action"}
-    exec(compile(code, name, "exec"), names)  # noqa: S102 - the very text the panel shows
+    exec(compile(code, name, "exec"), names)  # the very text the panel shows
     return names
 
 

@@ -11,13 +11,13 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterable
-from html import escape
 from typing import Any, TypeVar
 
 import ipywidgets
 
 from widgets.code import CodeView
 from widgets.live_plot import is_static
+from widgets.markup import Html, tag
 from workbench.run import Run, runs_folder
 
 W = TypeVar("W", bound=ipywidgets.Widget)
@@ -66,7 +66,7 @@ class Panel:
             close_tree(widget)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        summary = f'<div style="font-size:13px;line-height:20px">{self._summary()}</div>'
+        summary = str(tag("div", self._summary(), style="font-size:13px;line-height:20px"))
         if is_static() or self._closed.is_set():
             return {"text/plain": repr(self), "text/html": summary}, {}
         bundle = self.view._repr_mimebundle_(**kwargs)
@@ -81,8 +81,8 @@ class Panel:
     def _build(self) -> ipywidgets.Widget:
         raise NotImplementedError
 
-    def _summary(self) -> str:
-        return f"<b>{escape(self.title)}</b><pre>{escape(self.code)}</pre>"
+    def _summary(self) -> Html:
+        return tag("b", self.title) + tag("pre", self.code)
 
     def _own(self, widget: W) -> W:
         with self._lock:
@@ -128,6 +128,11 @@ def open_code(run: Run) -> str:
     return f"Run.open({name!r})"
 
 
+def newest() -> list[Run]:
+    """Every run, the newest first, those of one second in their order too."""
+    return sorted(Run.all(), key=lambda run: (run.path / "config.yaml").stat().st_mtime_ns, reverse=True)
+
+
 def box(classes: str, children: Iterable[ipywidgets.Widget] = ()) -> ipywidgets.Box:
     """A container laid out by the theme's style sheets."""
     container = ipywidgets.Box(list(children))
@@ -144,4 +149,3 @@ def close_tree(widget: ipywidgets.Widget) -> None:
         if isinstance(part, ipywidgets.Widget):
             with contextlib.suppress(Exception):
                 part.close()
-

@@ -20,7 +20,8 @@ class PrunePanel(CompressPanel):
     empty = "A pruned model appears here, beside the original."
 
     def _code_for(self, run: Run, config: PruneConfig, name: str) -> str:
-        return preamble(run, "PruneConfig", "prune") + (
+        return preamble(run, "save_model", "PruneConfig", "prune") + (
+            "model = run.load_model()\n"
             f"pruned = prune(model, {config.to_code()}, held_out[0])\n"
             f'folder = save_model(pruned, run.path / "variants" / {name!r})\n'
             'comparison = compare({"original": model, "pruned": pruned}, held_out, CompareConfig(compile=False, seconds=5))\n'

@@ -27,8 +27,9 @@ class QuantizePanel(CompressPanel):
             if calibrated
             else ""
         )
-        return preamble(run, "QuantConfig", "quantize") + (
-            f"{data}quantized = quantize(model, {config.to_code()}{', calibration' if calibrated else ''})\n"
+        return preamble(run, "save_model", "QuantConfig", "quantize") + (
+            f"{data}model = run.load_model()\n"
+            f"quantized = quantize(model, {config.to_code()}{', calibration' if calibrated else ''})\n"
             f'folder = save_model(quantized, run.path / "variants" / {name!r})\n'
             'comparison = compare({"original": model, "quantized": quantized}, held_out, CompareConfig(seconds=10))\n'
             'comparison.to_html(folder / "comparison.html")\n'

@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import ipywidgets
 
 from widgets import theme
-from widgets.panel import Panel, open_code
+from widgets.markup import Html, select, tag, text
+from widgets.panel import Panel, newest, open_code
 from widgets.surface import Surface
 from workbench import events
 from workbench.config import load_yaml
@@ -48,8 +48,14 @@ class Row:
     def facts(self) -> dict[str, Any]:
         """The row for a plain table."""
         return {
-            **{"run": self.run.id, "status": self.status, "model": self.model, "data": self.data, "loss": self.loss},
-            **{"metric": self.metric, "started": _when(self.started), "duration": theme.duration(self.seconds)},
+            "run": self.run.id,
+            "status": self.status,
+            "model": self.model,
+            "data": self.data,
+            "loss": self.loss,
+            "metric": self.metric,
+            "started": _when(self.started),
+            "duration": theme.duration(self.seconds),
         }
 
     def matches(self, words: str, status: str) -> bool:
@@ -144,8 +150,9 @@ class RunList(Panel):
         self._thread.start()
         return frame
 
-    def _summary(self) -> str:
-        return theme.table([row.facts() for row in self.rows()[:30]]) if self.rows() else "No runs yet."
+    def _summary(self) -> Html:
+        rows = self.rows()[:30]
+        return theme.table([row.facts() for row in rows]) if rows else tag("p", "No runs yet.")
 
     def _watch(self) -> None:
         while not self._closed.is_set():
@@ -157,9 +164,9 @@ class RunList(Panel):
     def _read(self) -> list[Row]:
         rows = []
         with self._lock:
-            for run in Run.all():
+            for run in newest():
                 try:
-                    stamp = max(p.stat().st_mtime for p in (run.path / "events", run.path / "attempts", *run.path.glob("events/rank-00000.jsonl")))
+                    stamp = max(p.stat().st_mtime for p in (run.path / "attempts", *run.path.glob("events/rank-00000.jsonl")))
                     known = self._cache.get(run.id)
                     if known and known[0] == stamp and known[1].status in (*TERMINAL, "created"):
                         rows.append(known[1])
@@ -174,39 +181,45 @@ class RunList(Panel):
     def _draw(self) -> None:
         rows = self._read()
         shown = [row for row in rows if row.matches(self._words, self._status)]
-        options = "".join(f'<option value="{s}"{" selected" if s == self._status else ""}>{s or "any status"}</option>' for s in ("", *STATUSES))
-        head = (
-            '<div class="row wb-filter"><input type="search" class="grow" data-input="words" placeholder="Filter by name, model or data" '
-            f'aria-label="Filter runs" value="{escape(self._words, True)}"><select data-input="status" aria-label="Status">{options}</select>'
-            f'<span class="quiet small keep">{len(shown)} of {len(rows)}</span></div>'
+        words = {
+            "data_input": "words",
+            "placeholder": "Filter by name, model or data",
+            "aria_label": "Filter runs",
+            "value": self._words,
+        }
+        statuses = [(status, status or "any status") for status in ("", *STATUSES)]
+        head = tag(
+            "div",
+            tag("input", type="search", cls="grow", **words),
+            select(statuses, self._status, "status", "Status"),
+            tag("span", f"{len(shown)} of {len(rows)}", cls="quiet small keep"),
+            cls="row wb-filter",
         )
-        if not rows:
-            body = f'<div class="wb-empty"><p>No runs yet.</p><p class="quiet">They will lie under {escape(str(runs_folder()))}.</p></div>'
-        elif not shown:
-            body = '<div class="wb-empty"><p class="quiet">No run matches the filter.</p></div>'
-        else:
+        if shown:
             body = self._table(shown)
-        self._surface.html = f'<div class="stack">{head}{body}</div>'
+        elif rows:
+            body = theme.empty("No run matches the filter.")
+        else:
+            body = theme.empty("No runs yet.", f"They will lie under {runs_folder()}.")
+        self._surface.html = tag("div", head, body, cls="stack")
 
-    def _table(self, rows: list[Row]) -> str:
+    def _table(self, rows: list[Row]) -> Html:
         names = ("run", "status", "model", "data", "loss", "metric", "started", "duration")
-        numeric = ("loss", "started", "duration")
-        head = "".join(f'<th scope="col"{_class(name, numeric)}>{name}</th>' for name in names)
-        lines = []
-        for row in rows[:LIMIT]:
-            facts = row.facts()
-            cells = [
-                f'<td class="mono nowrap wb-run" title="{escape(str(row.run.path), True)}">{escape(row.label or _short(row.run.id))}</td>',
-                f"<td>{theme.chip(row.status)}</td>",
-                *(f"<td{_class(name, numeric)}>{escape(theme.number(facts[name]) if name == 'loss' else str(facts[name]))}</td>" for name in names[2:]),
-            ]
-            current = " current" if self.selected is not None and self.selected.path == row.run.path else ""
-            lines.append(
-                f'<tr class="choice{current}" data-key="{escape(row.run.id, True)}" data-action="open" data-value="{escape(row.run.id, True)}" '
-                f'tabindex="0" aria-label="Open {escape(row.run.id, True)}">{"".join(cells)}</tr>'
-            )
-        more = f'<p class="quiet small">{len(rows) - LIMIT} more: filter to see them.</p>' if len(rows) > LIMIT else ""
-        return f'<div class="scroll wb-runs"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>{more}'
+        cls = {name: "number" if name in ("loss", "started", "duration") else "" for name in names}
+        head = [tag("th", name, scope="col", cls=cls[name]) for name in names]
+        lines = [
+            self._line(row, [tag("td", theme.number(row.facts()[n]), cls=cls[n]) for n in names[2:]]) for row in rows[:LIMIT]
+        ]
+        more = tag("p", f"{len(rows) - LIMIT} more: filter to see them.", cls="quiet small") if len(rows) > LIMIT else None
+        whole = tag("table", tag("thead", tag("tr", head)), tag("tbody", lines))
+        return tag("div", whole, cls="scroll wb-runs") + text(more)
+
+    def _line(self, row: Row, cells: list[Html]) -> Html:
+        name, chosen = row.run.id, self.selected is not None and self.selected.path == row.run.path
+        first = tag("td", row.label or _short(name), cls="mono nowrap wb-run", title=str(row.run.path))
+        cls = "choice current" if chosen else "choice"
+        does = {"data_key": name, "data_action": "open", "data_value": name, "tabindex": 0, "aria_label": f"Open {name}"}
+        return tag("tr", first, tag("td", theme.chip(row.status)), cells, cls=cls, **does)
 
     def _open(self, value: Any, _values: Mapping[str, Any]) -> None:
         known = self._cache.get(str(value))
@@ -240,7 +253,3 @@ def _when(seconds: float) -> str:
     moment = time.localtime(seconds)
     today = time.localtime()
     return time.strftime("%H:%M" if moment[:3] == today[:3] else "%d %b %H:%M", moment)
-
-
-def _class(name: str, numeric: tuple[str, ...]) -> str:
-    return ' class="number"' if name in numeric else ""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
+from widgets.markup import Html, tag
 from widgets.svg import INK
 
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 12, 40
 
 
-def scatter(rows: Sequence[Mapping[str, Any]], x: str, x_title: str) -> str:
+def scatter(rows: Sequence[Mapping[str, Any]], x: str, x_title: str) -> Html:
     """Accuracy (percent, with its 95 % interval) over the column ``x``, logarithmic; a legend of the variants below.
 
     Args:
@@ -22,7 +22,7 @@ def scatter(rows: Sequence[Mapping[str, Any]], x: str, x_title: str) -> str:
     """
     points = [row for row in rows if row[x] and row[x] > 0 and row["accuracy"] == row["accuracy"]]
     if not points:
-        return ""
+        return Html()
     low, high = _padded([math.log10(row[x]) for row in points], 0.06)
     bottom, top = _padded([100 * row[name] for row in points for name in ("accuracy_low", "accuracy_high")], 0.05)
     top = min(top, 100.5)
@@ -33,37 +33,40 @@ def scatter(rows: Sequence[Mapping[str, Any]], x: str, x_title: str) -> str:
     def up(percent: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (percent - bottom) / (top - bottom)
 
-    parts = []
+    floor, parts = HEIGHT - BOTTOM, []
     for tick in _ticks(bottom, top):
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}" stroke="var(--wb-line)"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{up(tick) + 4:.1f}" text-anchor="end">{tick:g} %</text>')
+        parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=_at(up(tick)), y2=_at(up(tick)), stroke="var(--wb-line)"))
+        parts.append(tag("text", f"{tick:g} %", x=LEFT - 8, y=_at(up(tick) + 4), text_anchor="end"))
     for tick in _log_ticks(low, high):
-        parts.append(f'<text x="{at(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tick:g}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_title)}</text>')
+        parts.append(tag("text", f"{tick:g}", x=_at(at(tick)), y=floor + 16, text_anchor="middle"))
+    parts.append(tag("text", x_title, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle"))
     names = list(dict.fromkeys(str(row["variant"]) for row in points))
+    colours = {name: INK[index % len(INK)] for index, name in enumerate(names)}
     for row in points:
-        colour = INK[names.index(str(row["variant"])) % len(INK)]
-        cx, cy = at(row[x]), up(100 * row["accuracy"])
-        parts.append(
-            f'<g stroke="{colour}"><title>{escape(str(row["variant"]))}, {escape(str(row["form"]))}: '
-            f'{100 * row["accuracy"]:.2f} %, {row[x]:.3g}</title><line x1="{cx:.1f}" x2="{cx:.1f}" '
-            f'y1="{up(100 * row["accuracy_low"]):.1f}" y2="{up(100 * row["accuracy_high"]):.1f}" opacity="0.45"/>{_mark(str(row["form"]), cx, cy, colour)}</g>'
-        )
-    legend = "".join(f'<li><i style="background:{INK[i % len(INK)]}"></i>{escape(name)}</li>' for i, name in enumerate(names))
-    label = f"Accuracy over {x_title}"
-    return (
-        f'<figure class="wb-scatter"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label, True)}">{"".join(parts)}</svg>'
-        f"<ul>{legend}<li class=\"quiet\">○ eager · ● compiled · ◆ bf16 · ■ int8</li></ul></figure>"
+        cx, cy, colour, form = at(row[x]), up(100 * row["accuracy"]), colours[str(row["variant"])], str(row["form"])
+        low_y, high_y = (_at(up(100 * row[name])) for name in ("accuracy_low", "accuracy_high"))
+        interval = tag("line", x1=_at(cx), x2=_at(cx), y1=low_y, y2=high_y, opacity=0.45)
+        words = f"{row['variant']}, {form}: {100 * row['accuracy']:.2f} %, {row[x]:.3g}"
+        parts.append(tag("g", tag("title", words), interval, _mark(form, cx, cy, colour), stroke=colour))
+    svg = tag("svg", parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"Accuracy over {x_title}")
+    legend = [tag("li", tag("i", style=f"background:{colours[name]}"), name) for name in names]
+    return tag(
+        "figure", svg, tag("ul", legend, tag("li", "○ eager · ● compiled · ◆ bf16 · ■ int8", cls="quiet")), cls="wb-scatter"
     )
 
 
-def _mark(form: str, x: float, y: float, colour: str) -> str:
+def _at(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def _mark(form: str, x: float, y: float, colour: str) -> Html:
     if "int8" in form:
-        return f'<rect x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9" fill="{colour}"/>'
+        return tag("rect", x=_at(x - 4.5), y=_at(y - 4.5), width=9, height=9, fill=colour)
     if "bf16" in form:
-        return f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8" fill="{colour}" transform="rotate(45 {x:.1f} {y:.1f})"/>'
+        turn = f"rotate(45 {x:.1f} {y:.1f})"
+        return tag("rect", x=_at(x - 4), y=_at(y - 4), width=8, height=8, fill=colour, transform=turn)
     fill = colour if "compiled" in form else "var(--wb-surface)"
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{fill}" stroke-width="1.5"/>'
+    return tag("circle", cx=_at(x), cy=_at(y), r=5, fill=fill, stroke_width=1.5)
 
 
 def _padded(values: Sequence[float], share: float) -> tuple[float, float]:
@@ -79,5 +82,5 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    found = [d * 10**e for e in range(math.floor(low), math.ceil(high) + 1) for d in (1, 2, 5) if low <= math.log10(d * 10**e) <= high]
-    return found or [float(f"{10 ** ((low + high) / 2):.2g}")]
+    candidates = [digit * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for digit in (1, 2, 5)]
+    return [tick for tick in candidates if low <= math.log10(tick) <= high] or [float(f"{10 ** ((low + high) / 2):.2g}")]

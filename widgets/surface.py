@@ -19,7 +19,16 @@ Handler = Callable[[Any, Mapping[str, Any]], None]
 """Takes the action's value and the values of its inputs. It must return at once: see :meth:`widgets.panel.Panel.background`."""
 
 
-class Surface(anywidget.AnyWidget):
+class Part(anywidget.AnyWidget):
+    """A widget whose layout is closed with it; ipywidgets would keep it."""
+
+    def close(self) -> None:
+        layout = self.layout
+        super().close()
+        layout.close()
+
+
+class Surface(Part):
     """HTML with named actions.
 
     Args:

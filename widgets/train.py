@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import Any
 
 import ipywidgets
@@ -17,9 +16,10 @@ import ipywidgets
 from widgets import theme
 from widgets.follow import Follower
 from widgets.form import Form
-from widgets.live_plot import LivePlot
 from widgets.job import execute
-from widgets.panel import Panel, box, open_code
+from widgets.live_plot import LivePlot
+from widgets.markup import Html, button, tag
+from widgets.panel import Panel, box, newest, open_code
 from widgets.surface import Surface
 from workbench import events
 from workbench.config import Config
@@ -63,7 +63,7 @@ class TrainPanel(Panel):
         self._nproc = "1"
         self._initial = config or _config_of(self.run) or TrainConfig()
         self._form: Form[TrainConfig] | None = None
-        self._error = self._busy = ""
+        self._error, self._busy = Html(), ""
         self._follower: Follower | None = None
         self._listeners: list[Callable[[Run], None]] = []
 
@@ -105,9 +105,9 @@ class TrainPanel(Panel):
 
     def attach(self, run: Run) -> None:
         """Follow ``run`` from its first step."""
+        if self._follower is not None:
+            self._follower.close()
         with self._lock:
-            if self._follower is not None:
-                self._follower.close()
             self.run = run
             if self._view is None:
                 return
@@ -133,12 +133,14 @@ class TrainPanel(Panel):
         self._launcher = Surface(on={"start": lambda value, values: self.start(), "nproc": self._set_nproc})
         actions = {name: self._action(name) for name in ("pause", "resume", "stop", "rate")}
         self._header = Surface(self._header_html("created"), on=actions)
-        self._loss = LivePlot(
-            {"loss": {"label": "loss", "smooth": 0.8}, "held out": {"label": "held-out loss", "mode": "lines+markers"}},
-            label="loss by optimizer step",
-            waiting="The loss appears with the first steps",
-            height=200,
-            static=False,
+        self._loss = self._own(
+            LivePlot(
+                {"loss": {"label": "loss", "smooth": 0.8}, "held out": {"label": "held-out loss", "mode": "lines+markers"}},
+                label="loss by optimizer step",
+                waiting="The loss appears with the first steps",
+                height=200,
+                static=False,
+            )
         )
         self._metric: LivePlot | None = None
         self._metric_names: tuple[str, ...] = ()
@@ -152,63 +154,76 @@ class TrainPanel(Panel):
             self._follower = Follower(self.run, self._on_events, self._on_look).start()
         return frame
 
-    def _summary(self) -> str:
+    def _summary(self) -> Html:
         if self.run is None:
             return super()._summary()
         from widgets.runs import row_of
 
         row = row_of(self.run)
-        return f"{theme.table([row.facts()])}<pre>{escape(self.code)}</pre>"
+        return theme.table([row.facts()]) + tag("pre", self.code)
 
     def _refresh_start(self) -> None:
         form = self._form
         assert form is not None
-        wrong = next(((p, t) for p, t in form.errors.items() if p), None)
-        problem = self._error or (theme.notice(f"{wrong[0]}: {wrong[1]}") if wrong else "")
-        off = " disabled" if form.message or self._busy == "start" else ""
-        label = "Starting…" if self._busy == "start" else "Start training"
-        self._launcher.html = (
-            f'<div class="stack"><div class="row wb-launch"><label class="row quiet">processes '
-            f'<input type="text" name="nproc" inputmode="numeric" data-input="nproc" value="{escape(self._nproc, True)}" '
-            f'title="Processes on this machine, one per accelerator"></label><span class="grow"></span>'
-            f'<button class="primary" data-action="start"{off}>{label}</button></div>{problem}</div>'
+        wrong = next((f"{path}: {words}" for path, words in form.errors.items() if path), "")
+        starting = self._busy == "start"
+        words = {"data_input": "nproc", "value": self._nproc, "title": "Processes on this machine, one per accelerator"}
+        line = tag(
+            "div",
+            tag("label", "processes ", tag("input", type="text", name="nproc", inputmode="numeric", **words), cls="row quiet"),
+            tag("span", cls="grow"),
+            button("Starting…" if starting else "Start training", "start", primary=True, off=bool(form.message) or starting),
+            cls="row wb-launch",
         )
+        self._launcher.html = tag("div", line, self._error or theme.notice(wrong), cls="stack")
         self._show_code(title="Start runs this code")
 
-    def _header_html(self, status: str) -> str:
+    def _header_html(self, status: str) -> Html:
         run = self.run
         if run is None:
-            return '<div class="wb-empty"><p>No run yet.</p><p class="quiet">Choose data and model, then start training.</p></div>'
+            return theme.empty("No run yet.", "Choose data and model, then start training.")
         progress = run.progress
-        buttons = "".join(
-            f'<button data-action="{name}" title="{escape(open_code(run) + f".{name}()", True)}"{" disabled" if self._busy else ""}>'
-            f"{name.capitalize()}</button>"
+        actions = [
+            button(name.capitalize(), name, off=bool(self._busy), title=f"{open_code(run)}.{name}()")
             for name in ACTIONS.get(status, ())
+        ]
+        bar = tag("progress", max=1, value=f"{progress.fraction:.4f}", aria_label="Training progress")
+        facts = tag("div", tag("span", self._facts(status), cls="quiet small grow"), self._rate(status), cls="row wb-facts")
+        return tag(
+            "div",
+            theme.heading(status, run.id, actions, title=str(run.path)),
+            bar if status != "finished" else None,
+            facts,
+            self._failure(run) if status == "failed" else None,
+            cls="stack",
         )
-        facts = [f"step {theme.number(progress.step)} of {theme.number(progress.total_steps)}" if progress.total_steps else "preparing"]
+
+    def _facts(self, status: str) -> str:
+        assert self.run is not None
+        progress = self.run.progress
+        if not progress.total_steps:
+            return "preparing"
+        facts = [f"step {theme.number(progress.step)} of {theme.number(progress.total_steps)}"]
         if progress.epoch:
             facts.append(f"epoch {progress.epoch}")
-        if progress.samples_per_s and status == "running":
+        if status == "running" and progress.samples_per_s:
             facts.append(f"{theme.number(round(progress.samples_per_s))} samples/s")
         if status == "running" and progress.eta is not None:
             facts.append(f"{theme.duration(progress.eta)} left")
-        rate = ""
-        if status in ("running", "paused", "hung"):
-            rate = (
-                '<span class="row wb-rate"><input type="text" name="rate" inputmode="decimal" placeholder="rate" aria-label="New learning rate" '
-                'data-enter="rate"><button data-action="rate" data-with="rate" title="Set the peak learning rate while training">Set rate</button></span>'
-            )
-        problem = self._failure(run) if status == "failed" else ""
-        bar = f'<progress max="1" value="{progress.fraction:.4f}" aria-label="Training progress"></progress>' if status != "finished" else ""
-        return (
-            f'<div class="stack"><div class="row wb-head">{theme.chip(status)}<span class="mono grow nowrap" title="{escape(str(run.path), True)}">'
-            f"{escape(run.id)}</span>{buttons}</div>"
-            f"{bar}"
-            f'<div class="row wb-facts"><span class="quiet small grow">{" · ".join(facts)}</span>{rate}</div>{problem}</div>'
+        return " · ".join(facts)
+
+    @staticmethod
+    def _rate(status: str) -> Html | None:
+        if status not in ("running", "paused", "hung"):
+            return None
+        words = {"placeholder": "rate", "aria_label": "New learning rate", "data_enter": "rate"}
+        box_ = tag("input", type="text", name="rate", inputmode="decimal", **words)
+        return tag(
+            "span", box_, button("Set rate", "rate", data_with="rate", title="Set the peak learning rate"), cls="row wb-rate"
         )
 
     @staticmethod
-    def _failure(run: Run) -> str:
+    def _failure(run: Run) -> Html:
         failed = next((e for e in reversed(run.events) if isinstance(e, events.Failed)), None)
         if failed is None:
             first, _, rest = (run.error or "").partition("\n")
@@ -219,7 +234,8 @@ class TrainPanel(Panel):
 
     def _set_nproc(self, value: Any, _values: Mapping[str, Any]) -> None:
         text = str(value).strip()
-        self._error = "" if text.isdigit() and int(text) else theme.notice(f"processes={text!r} must be a whole number of at least 1.")
+        right = text.isdigit() and int(text) > 0
+        self._error = Html() if right else theme.notice(f"processes={text!r} must be a whole number of at least 1.")
         if not self._error:
             self._nproc = text
         self._refresh_start()
@@ -246,7 +262,7 @@ class TrainPanel(Panel):
         with self._lock:
             if self._busy == "start":
                 return
-            self._busy, self._error = name, ""
+            self._busy, self._error = name, Html()
         self._refresh_start()
 
         def work() -> None:
@@ -290,7 +306,8 @@ class TrainPanel(Panel):
         before, self._metric_names = self._metric, names
         self._metric = None
         if names:
-            self._metric = LivePlot({n: {"mode": "lines+markers"} for n in names}, label="metrics by step", height=160, static=False)
+            traces = {name: {"mode": "lines+markers"} for name in names}
+            self._metric = LivePlot(traces, label="metrics by step", height=160, static=False)
         self._plots.children = [self._loss, *([self._metric] if self._metric else [])]
         if before is not None:
             before.close()
@@ -308,16 +325,16 @@ class TrainPanel(Panel):
 
 def find_run(config: Config | None) -> Run | None:
     """The newest run that is still going; else the newest one of ``config``, or of any config when None."""
-    newest: Run | None = None
-    for run in Run.all()[:50]:
+    found: Run | None = None
+    for run in newest()[:50]:
         try:
             if run.status not in TERMINAL and run.status != "created":
                 return run
-            if newest is None and (config is None or run.config == config):
-                newest = run
+            if found is None and (config is None or run.config == config):
+                found = run
         except (WorkbenchError, OSError, KeyError):
             continue  # a folder that does not open is the run list's to show
-    return newest
+    return found
 
 
 def _config_of(run: Run | None) -> TrainConfig | None:

@@ -6,13 +6,13 @@ A run chosen in one panel is the current run of the others. Panels are made when
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import ipywidgets
 
 from widgets import theme
+from widgets.markup import Html, button, tag
 from widgets.panel import Panel, box
 from widgets.surface import Surface
 from workbench.run import Run
@@ -78,25 +78,29 @@ class Workbench(Panel):
 
     def _build(self) -> ipywidgets.Widget:
         self._nav = Surface(on={"tab": self._turn})
-        self._nothing = self._own(Surface('<div class="wb-empty"><p>No run yet.</p><p class="quiet">Start one under Train.</p></div>'))
+        self._nothing = self._own(Surface(theme.empty("No run yet.", "Start one under Train.")))
         self._page = box("wb-page", [_view(self.panels["Train"])])
         frame = box("wb-workbench", [self._nav, self._page])
         self._nav.html = self._nav_html()
         return frame
 
-    def _summary(self) -> str:
+    def _summary(self) -> Html:
         return self.train._summary()
 
-    def _nav_html(self) -> str:
-        tabs = "".join(
-            f'<button role="tab" data-action="tab" data-value="{name}" aria-selected="{str(name == self.tab).lower()}" '
-            f'tabindex="{0 if name == self.tab else -1}">{name}</button>'
+    def _nav_html(self) -> Html:
+        tabs = [
+            button(
+                name,
+                "tab",
+                value=name,
+                role="tab",
+                aria_selected=str(name == self.tab).lower(),
+                tabindex=0 if name == self.tab else -1,
+            )
             for name in TABS
-        )
-        current = ""
-        if self.run is not None:
-            current = f'<span class="mono quiet nowrap" title="{escape(str(self.run.path), True)}">{escape(self.run.id)}</span>'
-        return f'<nav class="wb-nav"><div role="tablist" aria-label="Workbench">{tabs}</div>{current}</nav>'
+        ]
+        current = tag("span", self.run.id, cls="mono quiet nowrap", title=str(self.run.path)) if self.run is not None else None
+        return tag("nav", tag("div", tabs, role="tablist", aria_label="Workbench"), current, cls="wb-nav")
 
     def _turn(self, value: Any, _values: Mapping[str, Any]) -> None:
         if value in TABS:

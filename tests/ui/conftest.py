@@ -37,10 +37,6 @@ CHROMIUM_FLAGS = [
 ]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "ui: drives a real JupyterLab in a browser")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
@@ -144,9 +140,17 @@ class Lab:
             run.kill()
 
     def _environment(self) -> dict[str, str]:
-        folders = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython"}
+        folders = {
+            "JUPYTER_CONFIG_DIR": "config",
+            "JUPYTER_DATA_DIR": "data",
+            "JUPYTER_RUNTIME_DIR": "runtime",
+            "IPYTHONDIR": "ipython",
+        }
         environment = os.environ | {name: str(self.home / folder) for name, folder in folders.items()}
-        environment |= {"JUPYTERLAB_SETTINGS_DIR": str(self.home / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(self.home / "workspaces")}
+        environment |= {
+            "JUPYTERLAB_SETTINGS_DIR": str(self.home / "settings"),
+            "JUPYTERLAB_WORKSPACES_DIR": str(self.home / "workspaces"),
+        }
         environment |= {"WORKBENCH_RUNS": str(self.runs), "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "default"}
         return environment
 
@@ -159,7 +163,7 @@ class Lab:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             try:
-                urllib.request.urlopen(f"{self.url}/api/status", timeout=2).close()  # noqa: S310 - our own server
+                urllib.request.urlopen(f"{self.url}/api/status", timeout=2).close()
                 return
             except (urllib.error.URLError, OSError):
                 if self._server.poll() is not None:
@@ -215,7 +219,9 @@ class Notebook:
         self.page.wait_for_timeout(400)
 
     def command(self, name: str, arguments: dict[str, Any] | None = None, timeout: float = 30) -> None:
-        script = "([name, args]) => { window.__done = false; jupyterapp.commands.execute(name, args).finally(() => window.__done = true) }"
+        script = """([name, args]) => {
+            window.__done = false;
+            jupyterapp.commands.execute(name, args).finally(() => { window.__done = true }) }"""
         self.page.evaluate(script, [name, arguments or {}])
         self.page.wait_for_function("() => window.__done", timeout=timeout * 1000)
 

@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.ui, pytest.mark.timeout(300)]
 PANEL = """\
 from workbench import TrainConfig
 from widgets import TrainPanel
-panel = TrainPanel(TrainConfig(data={"name": "digits", "batch_size": 32}, model={"name": "resnet20"}, epochs=200, device="cpu", log_every=1))
+config = TrainConfig(data={"name": "digits", "batch_size": 32}, epochs=200, device="cpu", log_every=1)
+panel = TrainPanel(config)
 panel"""
 
 
@@ -26,7 +27,7 @@ def wait_for_status(book: Any, status: str, timeout: float = 60) -> None:
 
 def step(book: Any) -> int:
     text = book.page.locator(".wb-facts").first.inner_text()
-    found = re.search(r"step ([\d\u2009 ]+) of", text)
+    found = re.search(r"step ([\d\u202f]+) of", text)
     return int(re.sub(r"\D", "", found.group(1))) if found else 0
 
 
