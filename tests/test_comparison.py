@@ -18,12 +18,6 @@ from workbench.compress.compilation import has_compiler
 from workbench.errors import ConfigError, DataError, ModelError
 from workbench.models import ModelConfig, build_model
 
-# torchao and Inductor call what torch has deprecated; none of it is ours to change.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
 
 EAGER = CompareConfig(rounds=8, compile=False)
 

@@ -13,12 +13,6 @@ from workbench.compress.config import PruneConfig
 from workbench.errors import ArtefactError, ConfigError, DataError, ModelError
 from workbench.models import ModelConfig, build_model
 
-pytestmark = [
-    # torchao and Inductor call what torch has deprecated; none of it is ours to change.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
 
 def _state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}

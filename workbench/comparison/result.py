@@ -130,6 +130,7 @@ def _page(comparison: Comparison, path: str | os.PathLike[str] | None = None) ->
         f"<body>{_fragment(comparison)}{drawn}</body></html>"
     )
     if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(path), html)
     return html
 
