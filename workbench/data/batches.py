@@ -10,7 +10,8 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from workbench.data.augment import Draw
 from workbench.data.config import AUGMENTATIONS, DataConfig
-from workbench.data.splits import Arrays, Splits
+from workbench.data.splits import Arrays, Splits, load_splits
 from workbench.errors import ConfigError, DataError, WorkbenchError
 
 Batch = tuple[Any, Tensor]
@@ -115,7 +116,9 @@ class Batches:
             assert isinstance(self.splits.train, Arrays)
             self._source = self.splits.train.x.to(self.target.device), self.splits.train.y.to(self.target.device)
         x, y = self._source
-        order = self.order(epoch).to(self.target.device)
+        order = self.order(epoch)
+        if self.target.device.type == "cuda":  # pinned, so that the copy does not wait for the steps still queued
+            order = order.pin_memory().to(self.target.device, non_blocking=True)
         for step in range(start, self.steps_per_epoch):
             batch = order[step * self.config.batch_size : (step + 1) * self.config.batch_size]
             for micro in range(self.shard.micro):
@@ -181,6 +184,23 @@ class Batches:
         )
         for x, y in _moved(iter(loader), self.target.device):
             yield (self._normalize(x) if isinstance(x, Tensor) and x.dtype == torch.uint8 and x.ndim == 4 else x), y, len(y)
+
+
+def load_batches(
+    config: DataConfig, split: Literal["train", "eval"] = "eval", *, seed: int = 0, root: Path | None = None
+) -> list[tuple[Any, Tensor]]:
+    """Batches (x, y) as a trainer on the CPU sees them, normalized: to calibrate with, to compare on.
+
+    Args:
+        config: of the data, e.g. ``run.config.data``.
+        split: ``"train"``: the first epoch, shuffled and augmented; ``"eval"``: the held-out samples in order.
+        seed: of order and augmentation.
+        root: folder against which relative files are looked up first (a run folder).
+    """
+    batches = Batches(load_splits(config, root=root), config, Shard(), Target(torch.device("cpu")), seed)
+    if split == "eval":
+        return [(x[:count], y[:count]) for x, y, count in batches.evaluation()]
+    return [batch for step in batches.epoch(0) for batch in step]
 
 
 def _affine(splits: Splits, target: Target) -> tuple[Tensor, Tensor]:

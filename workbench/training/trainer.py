@@ -8,7 +8,7 @@ probes, and what is written to the run folder (:mod:`recorder`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,13 @@ class Trainer:
         self.config, self.model, self.batches, self.precision = config, model, batches, precision
         self.probes, self.recorder, self.control, self.world = probes, recorder, control, world
         self.loss = make_loss(config.loss)
+        self.forward: nn.Module = _ModelWithLoss(model, self.loss)
         self.optimizer = make_optimizer(model, config.optim)
         self.clipper = None if config.clip.mode == "off" else AdaptiveGradientClipper(config.clip.max_norm, config.clip.mode)
         if compile_mode != "off":
-            model.compile(mode=None if compile_mode == "default" else compile_mode)
-        self.wrapped: nn.Module = model
+            self.forward.compile(mode=None if compile_mode == "default" else compile_mode)
         if world.size > 1:
-            self.wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            self.forward = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)
         planned = config.epochs * batches.steps_per_epoch
         self.total_steps = min(planned, config.max_steps or planned)
         self.schedule = Schedule(config.schedule, config.optim.lr, self.total_steps)
@@ -99,11 +99,12 @@ class Trainer:
         """One optimizer step: forward and backward over the micro-batches, then the update. Nothing waits for the device."""
         rate = self._set_rate()
         self.probes.begin(self.step + 1)
+        torch.compiler.cudagraph_mark_step_begin()
         total = torch.zeros((), device=self.world.device)
         for index, (x, y) in enumerate(micro_batches, start=1):
             with self._sync(last=index == self.config.accumulate):
                 with self.precision.autocast():
-                    loss = self.loss(self.wrapped(x), y) / self.config.accumulate
+                    loss = self.forward(x, y) / self.config.accumulate
                 self.precision.backward(loss)
             total += loss.detach()
         self.probes.read(StepContext(self.step + 1, self.precision.scale))
@@ -246,8 +247,9 @@ class Trainer:
 
     def _sync(self, last: bool) -> Any:
         """Gradients travel between ranks after the last micro-step only."""
-        inner = isinstance(self.wrapped, DistributedDataParallel) and not last
-        return self.wrapped.no_sync() if inner else nullcontext()  # type: ignore[operator]
+        if last or not isinstance(self.forward, DistributedDataParallel):
+            return nullcontext()
+        return self.forward.no_sync()
 
     def _report(self, window: Window, losses: list[float]) -> None:
         samples = len(losses) * self.config.data.batch_size
@@ -273,6 +275,19 @@ class Trainer:
     def _emit(self, event: events.Event) -> None:
         if self.world.main:
             self.recorder.emit(event)
+
+
+class _ModelWithLoss(nn.Module):
+    """Model and loss as one module, so that they are compiled, captured and wrapped together."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, x: Any, y: Any) -> Tensor:
+        """Batch (x, y) -> the mean loss, a scalar."""
+        value: Tensor = self.loss(self.model(x), y)
+        return value
 
 
 def _due(count: int, every: int) -> bool:
