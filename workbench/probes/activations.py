@@ -15,8 +15,8 @@ from workbench.probes.base import EDGES, Probe, StepContext, count_nonfinite
 from workbench.probes.config import ProbeConfig
 
 SAMPLE = 4096
-"""Elements of a layer's output that its histogram counts; of larger outputs a strided sample. A bin that holds a share p of the
-values then has a standard error of about sqrt(p (1 - p) / 4096), at most 0.8 points."""
+"""Most elements of a layer's output that its histogram counts; of larger outputs a strided sample. A bin that holds a share p of
+the values then has a standard error of about sqrt(p (1 - p) / 4096), at most 0.8 points."""
 
 _SKIPPED = (nn.Dropout, nn.Dropout2d, nn.Identity, nn.Flatten)
 
@@ -107,12 +107,14 @@ class ActivationProbe(Probe):
         names = [name for name, present in zip(self._names, seen, strict=True) if present]
         count, total, square, zeros, nonfinite, low, high = values[seen, :7].T
         mean = total / count
+        with np.errstate(invalid="ignore"):  # infinity less infinity: the spread of a layer that overflowed is no number
+            std = np.sqrt(np.maximum(square / count - mean * mean, 0.0))
         return {
             "step": [step] * len(names),
             "layer": names,
             "count": count.astype(np.int64),
             "mean": mean,
-            "std": np.sqrt(np.maximum(square / count - mean * mean, 0.0)),
+            "std": std,
             "min": low,
             "max": high,
             "zeros": zeros / count,
@@ -137,9 +139,10 @@ def _in_memory_order(value: Tensor) -> Tensor:
 def sample_stride(value: Tensor) -> int:
     """Step between sampled elements: spreads the sample over the whole, and shares no factor with any dimension.
 
-    A step that shares a factor with the number of channels would see some channels only.
+    A step that shares a factor with the number of channels would see some channels only; a smaller one than it takes to reach
+    the end, the first samples of the batch only.
     """
-    stride = max(1, value.numel() // SAMPLE)
-    while stride > 1 and any(size > 1 and math.gcd(stride, size) > 1 for size in value.shape):
-        stride -= 1
+    stride = max(1, math.ceil(value.numel() / SAMPLE))
+    while any(size > 1 and math.gcd(stride, size) > 1 for size in value.shape):
+        stride += 1
     return stride
