@@ -55,6 +55,7 @@ class Line:
         self._limit = limit - 3  # room for the unfinished bucket: lowest, highest, last
         self._points: list[tuple[float, float]] = []
         self._open: list[tuple[float, float]] = []
+        self._last: tuple[float, float] | None = None
         self._bucket = 1
         self._sent = 0
 
@@ -64,6 +65,7 @@ class Line:
     def extend(self, xs: Iterable[float], ys: Iterable[float]) -> None:
         """Take readings; ``xs`` must not decrease. NaN in ``ys`` is a gap."""
         for point in zip(xs, ys, strict=True):
+            self._last = point
             self._open.append(point)
             if len(self._open) == self._bucket:
                 self._points.extend(_extremes(self._open))
@@ -72,7 +74,7 @@ class Line:
                     self._halve()
 
     def clear(self) -> None:
-        self._points, self._open, self._bucket, self._sent = [], [], 1, 0
+        self._points, self._open, self._last, self._bucket, self._sent = [], [], None, 1, 0
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """x and y of all points, as float64."""
@@ -87,10 +89,11 @@ class Line:
         self._sent = len(self._points)
 
     def _tail(self) -> list[tuple[float, float]]:
-        if not self._open:
-            return []
-        tail = _extremes(self._open)
-        return tail if tail[-1] == self._open[-1] else [*tail, self._open[-1]]
+        """The unfinished bucket and the last reading, to be replaced by what follows."""
+        tail = _extremes(self._open) if self._open else []
+        if self._last is not None and [*self._points[-1:], *tail][-1] is not self._last:
+            tail.append(self._last)
+        return tail
 
     def _halve(self) -> None:
         first, *rest = self._points
@@ -180,7 +183,8 @@ class Columns:
         self._values[:half] = self._merged(pairs[:, 0], pairs[:, 1])
         self._x[:half] = self._x[: 2 * half : 2]
         self._sent //= 2
-        self._halvings.append(self._sent)
+        if self._sent:  # else what is sent next starts from the first column anyway
+            self._halvings.append(self._sent)
         self._closed, self.stride = half, self.stride * 2
 
     def _merged(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -77,7 +77,7 @@ function render({ model, el, signal, store }) {
       xaxis: { title: { text: options.x_title } },
       yaxis: { type: options.log_y ? "log" : "linear", exponentformat: "power", nticks: 6 },
     });
-    if (second) layout.yaxis2 = { ...layout.yaxis, type: "linear", overlaying: "y", side: "right", showgrid: false };
+    if (second) layout.yaxis2 = { ...layout.yaxis, type: "linear", overlaying: "y", side: "right", showgrid: false, tickmode: "auto" };
     await Plotly.react(plot, data, layout, CONFIG);
     drawn = true;
   };

@@ -72,7 +72,7 @@ def answer_while_busy(widget: Widget) -> None:
     runs cells, where they wait for the cell's end. Where that routing is absent this does nothing.
     """
     if hasattr(widget.comm, "_reply_subshell_for"):
-        widget.comm._reply_subshell_for = lambda _data, asked: asked  # type: ignore[union-attr]
+        widget.comm._reply_subshell_for = lambda _data, asked: asked
 
 
 @dataclass
@@ -109,13 +109,17 @@ class PlotlyLoader(anywidget.AnyWidget):
         answer_while_busy(self)
         self.on_msg(self._answer)
         # A page that cannot reach the kernel while a cell blocks it gets plotly.js unasked.
-        timer = threading.Timer(self.GRACE, lambda: self._heard.is_set() or self._give())
+        timer = threading.Timer(self.GRACE, self._give_unasked)
         timer.daemon = True
         timer.start()
 
     def _answer(self, _widget: Any, content: Mapping[str, Any], _buffers: Any) -> None:
         self._heard.set()
         if not content.get("loaded"):
+            self._give()
+
+    def _give_unasked(self) -> None:
+        if not self._heard.is_set():
             self._give()
 
     def _give(self) -> None:
@@ -167,7 +171,10 @@ class LiveWidget(anywidget.AnyWidget):
             answer_while_busy(self)
 
     def close(self) -> None:
+        layout = self.layout if self.comm is not None else None
         super().close()
+        if layout is not None:
+            layout.close()  # else ipywidgets keeps it for ever
         self.__dict__.pop("_repr_mimebundle_", None)  # ipywidgets disables it; a closed plot still shows its static view
 
     def _changes(self, frame: Frame, whole: bool) -> None:
@@ -243,6 +250,7 @@ class LivePlot(LiveWidget):
     _esm = module("plotting.js", "live_plot.js")
     _css = HERE / "live_plot.css"
     _options = traitlets.Dict().tag(sync=True)
+    _timer: threading.Timer | None = None  # also of an instance that was never made whole: ipywidgets closes it too
 
     def __init__(
         self,
@@ -257,7 +265,6 @@ class LivePlot(LiveWidget):
     ) -> None:
         self._lines = {name: Line() for name in traces}
         self._changed: set[str] = set()
-        self._timer: threading.Timer | None = None
         self._last = 0.0
         options = {
             "traces": [_trace(name, given) for name, given in traces.items()],
@@ -297,9 +304,8 @@ class LivePlot(LiveWidget):
             self._flush()
 
     def close(self) -> None:
-        with self._lock:
-            if self._timer is not None:
-                self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         super().close()
 
     def arrays(self, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -80,12 +80,12 @@ class Store {
     return 0;
   }
 
-  levels({ name, rows, bins, low, step, at, of, stats }, values) {
+  levels({ name, rows, bins, step, at, of, stats }, values) {
     const packed = values.subarray(3 * stats);
     const size = rows * bins;
     const bytes = new Uint8Array(packed.buffer, packed.byteOffset, size);
     const held = stats ? values.slice(0, 3 * stats) : null;
-    this.levelsOf.set(name, { rows, bins, low, step, at, of, bytes, stats: held });
+    this.levelsOf.set(name, { rows, bins, step, at, of, bytes, stats: held });
     return 3 * stats + Math.ceil(size / 4);
   }
 
@@ -150,7 +150,7 @@ function layoutOf(colours, extra = {}) {
     zeroline: false,
     ticks: "",
     tickfont: { size: 11 },
-    title: { font: { size: 11 }, standoff: 6 },
+    title: { font: { size: 11 }, standoff: 4 },
     fixedrange: false,
     automargin: true,
   };

@@ -14,9 +14,9 @@ import numpy as np
 
 INK = ("#4b7fe0", "#d98a1f", "#2a9d82", "#d65f55", "#8a66cc", "#6a9a3a")
 VIRIDIS = (
-    "#440154 #481a6c #472f7d #414487 #39568c #31688e #2a788e #23888e "
-    "#1f988b #22a884 #35b779 #54c568 #7ad151 #a5db36 #d2e21b #fde725"
-).split()
+    *("#440154", "#481a6c", "#472f7d", "#414487", "#39568c", "#31688e", "#2a788e", "#23888e"),
+    *("#1f988b", "#22a884", "#35b779", "#54c568", "#7ad151", "#a5db36", "#d2e21b", "#fde725"),
+)
 WIDTH = 640
 LEFT, BOTTOM, TOP, RIGHT = 48, 28, 20, 40
 _TEXT = 'font-family="var(--jp-ui-font-family,sans-serif)" font-size="11" fill="var(--jp-ui-font-color2,#777)"'
@@ -24,50 +24,61 @@ _TEXT = 'font-family="var(--jp-ui-font-family,sans-serif)" font-size="11" fill="
 Curve = tuple[np.ndarray, np.ndarray, int]
 
 
-def chart(curves: Mapping[str, Curve], *, x_title: str = "step", log_y: bool = False, height: int = 220, points: int = 200) -> str:
+def chart(
+    curves: Mapping[str, Curve], *, x_title: str = "step", log_y: bool = False, height: int = 220, points: int = 200
+) -> str:
     """Curves (x, y, axis 1 or 2) as SVG; "nothing recorded" when all are empty."""
     known = {n: (np.asarray(x), np.asarray(y, dtype="f8"), a) for n, (x, y, a) in curves.items() if len(x)}
     if not known:
         return note("nothing recorded yet")
-    low, high = min(x.min() for x, _, _ in known.values()), max(x.max() for x, _, _ in known.values())
+    first, last = min(float(x.min()) for x, _, _ in known.values()), max(float(x.max()) for x, _, _ in known.values())
     inner, tall = WIDTH - LEFT - RIGHT, height - TOP - BOTTOM
     parts: list[str] = []
     scales: dict[int, tuple[float, float]] = {}
     for axis in (1, 2):
         logged = log_y and axis == 1
-        values = [_scaled(y, logged) for _, y, a in known.values() if a == axis]
-        finite = np.concatenate(values)[np.isfinite(np.concatenate(values))] if values else np.array([])
-        if not len(finite):
-            continue
-        scales[axis] = (float(finite.min()), float(finite.max()))
-        for share in (0.0, 0.5, 1.0):
-            value = scales[axis][0] + share * (scales[axis][1] - scales[axis][0])
-            y = TOP + tall * (1 - share)
-            x, anchor = (LEFT - 6, "end") if axis == 1 else (WIDTH - RIGHT + 6, "start")
-            parts.append(f'<text x="{x}" y="{y + 4:.0f}" text-anchor="{anchor}" {_TEXT}>{_number(10**value if logged else value)}</text>')
-            if axis == 1:
-                parts.append(f'<path d="M{LEFT} {y:.1f}h{inner}" stroke="var(--jp-border-color2,#ccc)" stroke-width="0.6"/>')
-    at = LEFT
+        values = np.concatenate([_scaled(y, logged) for _, y, a in known.values() if a == axis] or [np.zeros(0)])
+        finite = values[np.isfinite(values)]
+        if len(finite):
+            scales[axis] = float(finite.min()), float(finite.max())
+            parts.extend(_y_axis(*scales[axis], axis, tall, logged))
+    at = float(LEFT)
     for index, (name, (x, y, axis)) in enumerate(known.items()):
         colour = INK[index % len(INK)]
         if axis in scales:
-            lo, hi = scales[axis]
-            ys = TOP + tall * (1 - (_scaled(y, log_y and axis == 1) - lo) / ((hi - lo) or 1))
-            xs = LEFT + inner * (x - low) / ((high - low) or 1)
+            low, high = scales[axis]
+            ys = TOP + tall * (1 - (_scaled(y, log_y and axis == 1) - low) / ((high - low) or 1))
+            xs = LEFT + inner * (x - first) / ((last - first) or 1)
             path = _path(*_thinned(xs, ys, points))
             parts.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.6" stroke-linejoin="round"/>')
-        parts.append(f'<circle cx="{at}" cy="8" r="4" fill="{colour}"/><text x="{at + 8}" y="12" {_TEXT}>{escape(name)}</text>')
+        swatch = f'<circle cx="{at:.0f}" cy="8" r="4" fill="{colour}"/>'
+        parts.append(f'{swatch}<text x="{at + 8:.0f}" y="12" {_TEXT}>{escape(name)}</text>')
         at += 24 + 6.5 * len(name)
-    parts.append(_x_axis(low, high, height, x_title))
+    parts.append(_x_axis(first, last, height, x_title))
     return _svg(parts, height, x_title)
 
 
-def heat_map(rows: Sequence[str], x: np.ndarray, z: np.ndarray, *, title: str, x_title: str = "step", ticks: Sequence[str] = ()) -> str:
-    """A heat map of ``z``, shape (columns, rows), NaN left blank, on at most 32 × 60 cells; ``ticks`` label the x axis."""
+def _y_axis(low: float, high: float, axis: int, tall: float, logged: bool) -> list[str]:
+    parts = []
+    for share in (0.0, 0.5, 1.0):
+        value, y = low + share * (high - low), TOP + tall * (1 - share)
+        x, anchor = (LEFT - 6, "end") if axis == 1 else (WIDTH - RIGHT + 6, "start")
+        label = _number(10**value if logged else value)
+        parts.append(f'<text x="{x}" y="{y + 4:.0f}" text-anchor="{anchor}" {_TEXT}>{label}</text>')
+        if axis == 1:
+            line = f'<path d="M{LEFT} {y:.1f}h{WIDTH - LEFT - RIGHT}" stroke="var(--jp-border-color2,#ccc)" stroke-width="0.6"/>'
+            parts.append(line)
+    return parts
+
+
+def heat_map(
+    rows: Sequence[str], x: np.ndarray, z: np.ndarray, *, title: str, x_title: str = "step", ticks: Sequence[str] = ()
+) -> str:
+    """A heat map of ``z``, shape (columns, rows), NaN left blank, on at most 28 × 48 cells; ``ticks`` label the x axis."""
     if not len(rows) or not len(x):
         return note(f"{title}: nothing recorded yet")
     z = np.asarray(z, dtype="f8")
-    every_row, every_column = math.ceil(len(rows) / 32), math.ceil(len(x) / 60)
+    every_row, every_column = math.ceil(len(rows) / 28), math.ceil(len(x) / 48)
     shown = _pooled(_pooled(z, every_column).T, every_row)  # rows × columns
     finite = shown[np.isfinite(shown)]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
@@ -100,8 +111,9 @@ def note(text: str) -> str:
 
 
 def _svg(parts: Sequence[str], height: float, label: str) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label, True)}"'
-    return f'{head} style="width:100%;max-width:{WIDTH}px;height:auto;display:block" shape-rendering="auto">{"".join(parts)}</svg>'
+    size = f'viewBox="0 0 {WIDTH} {height:.0f}" style="width:100%;max-width:{WIDTH}px;height:auto;display:block"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{escape(label, True)}" {size}>'
+    return f"{head}{''.join(parts)}</svg>"
 
 
 def _x_axis(low: float, high: float, height: float, title: str) -> str:

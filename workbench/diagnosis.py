@@ -181,9 +181,10 @@ def vanishing_gradients(tables: Tables) -> list[Finding]:
     if len(ratio) < 3 or typical <= 0 or starved.empty:
         return []
     share = float(starved.iloc[0]) / typical
-    size = "no gradient at all" if share == 0 else f"{share:.1g} of the typical layer's gradient, relative to their weights"
-    verb = "gets" if len(starved) == 1 else "get"
-    message = f"Gradients vanish: {_names(list(starved.index))} {verb} {size.replace('their', 'its') if verb == 'gets' else size}."
+    one = len(starved) == 1
+    size = f"{share:.1g} of the typical layer's gradient, relative to {'its' if one else 'their'} weights"
+    got = size if share > 0 else "no gradient at all"
+    message = f"Gradients vanish: {_names(list(starved.index))} {'gets' if one else 'get'} {got}."
     remedy = {"optim.name": "adamw", "optim.lr": 1e-3}
     return [_finding("vanishing_gradients", "warning", int(recent["step"].max()), message, remedy, str(starved.index[0]))]
 
@@ -251,9 +252,10 @@ def saturated_activations(tables: Tables) -> list[Finding]:
 # -- shared -----------------------------------------------------------------------------------------------------------
 
 
-def _finding(
-    name: str, severity: Literal["info", "warning", "error"], step: int, message: str, remedy: dict[str, Any], layer: str | None = None
-) -> Finding:
+Severity = Literal["info", "warning", "error"]
+
+
+def _finding(name: str, severity: Severity, step: int, message: str, remedy: dict[str, Any], layer: str | None = None) -> Finding:
     return Finding(name=name, severity=severity, step=step, message=message, remedy=remedy, layer=layer)
 
 
@@ -298,7 +300,7 @@ def _by_layer(activations: pd.DataFrame) -> pd.DataFrame:
     recent = _recent(activations)
     if recent.empty:
         return recent
-    how = {"count": "median", "mean": "median", "std": "median", "min": "min", "max": "max", "zeros": "median", "nonfinite": "max"}
+    how = dict.fromkeys(("count", "mean", "std", "zeros"), "median") | {"min": "min", "max": "max", "nonfinite": "max"}
     return recent.groupby("layer", sort=False).agg(how)
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 from workbench import events, launcher, storage
 
 BINS = 131
+SAMPLE = 512
 
 
 def resnet_names(blocks: tuple[int, ...] = (3, 3, 3)) -> tuple[list[str], list[str]]:
@@ -43,7 +44,13 @@ class Simulation:
     """
 
     def __init__(
-        self, folder: Path, total: int = 2000, every: int = 5, ranks: int = 1, fault: str | None = None, blocks: tuple[int, ...] = (3, 3, 3)
+        self,
+        folder: Path,
+        total: int = 2000,
+        every: int = 5,
+        ranks: int = 1,
+        fault: str | None = None,
+        blocks: tuple[int, ...] = (3, 3, 3),
     ) -> None:
         self.folder, self.total, self.every, self.ranks, self.fault = folder, total, every, ranks, fault
         self.at, self.attempt = 0, 0
@@ -82,7 +89,8 @@ class Simulation:
         losses = [None if self.fault == "nan" and s > 200 else float(v) for s, v in zip(steps, loss, strict=True)]
         rates = [0.1 * 0.5 * (1 + math.cos(math.pi * s / self.total)) for s in steps]
         epoch = 1 + (self.at - 1) // 100
-        self.emit(events.Steps(first=first, step=self.at, loss=losses, lr=rates, epoch=epoch, samples_per_s=1523.4 + 40 * self.random.random()))
+        pace = 1523.4 + 40 * self.random.random()
+        self.emit(events.Steps(first=first, step=self.at, loss=losses, lr=rates, epoch=epoch, samples_per_s=pace))
         self._read()
         if self.at % 100 == 0:
             metrics = {"loss": float(loss[-1] + 0.05), "accuracy": float(1 - 0.9 * math.exp(-self.at / 500))}
@@ -114,18 +122,18 @@ class Simulation:
 
         inner = np.array(edges(BINS))
         inner[0], inner[-1] = -np.inf, np.inf
-        rows: dict[str, list[object]] = {n: [] for n in ("step", "layer", "count", "mean", "std", "min", "max", "zeros", "nonfinite", "histogram")}
+        rows: dict[str, list[object]] = {}
         for index, name in enumerate(self.modules):
-            values = self.random.standard_normal(4096) * (0.6 + 0.5 * math.sin(index) ** 2) * (1 + self.at / 3000)
+            values = self.random.standard_normal(SAMPLE) * (0.6 + 0.5 * math.sin(index) ** 2) * (1 + self.at / 3000)
             if name.endswith("relu"):
                 values = np.maximum(values, 0)
                 if self.fault == "dead" and name.startswith("layer2") and self.at > 100:
                     values = np.zeros_like(values)
-            facts = {"step": self.at, "layer": name, "count": 40_960, "mean": values.mean(), "std": values.std(), "min": values.min()}
-            facts |= {"max": values.max(), "zeros": float((values == 0).mean()), "nonfinite": 0}
+            facts = {"step": self.at, "layer": name, "count": 40_960, "mean": values.mean(), "std": values.std()}
+            facts |= {"min": values.min(), "max": values.max(), "zeros": float((values == 0).mean()), "nonfinite": 0}
             facts["histogram"] = np.histogram(values, bins=inner)[0].astype(np.int32)
             for key, value in facts.items():
-                rows[key].append(value)
+                rows.setdefault(key, []).append(value)
         return pa.table(rows)
 
     def finish(self) -> None:

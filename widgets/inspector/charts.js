@@ -17,7 +17,8 @@ Object.assign(View.prototype, {
     const enough = loss.y.length > 20;
     data.push({ ...line, y: loss.y, line: { color: enough ? faded(ink[0], 0.28) : ink[0], width: enough ? 1 : 1.75 }, hoverinfo: enough ? "skip" : "all" });
     if (enough) data.push({ ...line, y: smoothed(loss.y, 0.85), line: { color: ink[0], width: 2 } });
-    entries.push({ colour: ink[0], label: "loss", value: compact(lastOf({ y: smoothed(loss.y, enough ? 0.85 : 0) })) });
+    const latest = loss.y.at(-1) === null ? "not finite" : compact(lastOf({ y: smoothed(loss.y, enough ? 0.85 : 0) }));
+    entries.push({ colour: ink[0], label: "loss", value: latest });
     let right = false;
     metrics.forEach((metric, i) => {
       const held = store.lines.get(`metric:${metric}`);
@@ -32,7 +33,7 @@ Object.assign(View.prototype, {
     });
     card.aside.replaceChildren(legendOf(entries));
     const layout = layoutOf(colours, { hovermode: "x unified", uirevision: "kept", yaxis: { nticks: 6, rangemode: "normal" }, xaxis: { title: { text: "step" } } });
-    if (right) layout.yaxis2 = { ...layout.yaxis, overlaying: "y", side: "right", showgrid: false, rangemode: "normal", nticks: 5, tickformat: ".3~g" };
+    if (right) layout.yaxis2 = { ...layout.yaxis, overlaying: "y", side: "right", showgrid: false, rangemode: "normal", tickmode: "auto", nticks: 6 };
     return card.react(data, layout);
   },
 
@@ -63,11 +64,12 @@ Object.assign(View.prototype, {
     if (low > high) [low, high] = [-1, 1];
     low = Math.max(Math.floor(low), Math.ceil(high) - 12);
     high = Math.max(Math.ceil(high), low + 1);
-    card.note.replaceChildren(scaleBar(powerOfTen(low), powerOfTen(high)));
+    const key = broken ? h("span", { class: "wi-broken" }, h("i", { "aria-hidden": "true" }), "not finite") : null;
+    card.note.replaceChildren(...[key, scaleBar(powerOfTen(low), powerOfTen(high))].filter(Boolean));
     const x = grid.x;
     const data = [{ ...HEAT, x, z, zmin: low, zmax: high }];
     if (broken) data.push({ ...HEAT, x, z: bad, zmin: 0, zmax: 1, colorscale: [[0, "#e5484d"], [1, "#e5484d"]] });
-    const ticks = rowTicks(names, card.height - 48, Math.max(10, Math.round(card.width / 24)));
+    const ticks = rowTicks(names, card.height - 48, Math.max(10, Math.round(card.width / 20)));
     const layout = layoutOf(colours, { ...POINTER, xaxis: { title: { text: "step" } }, yaxis: { autorange: "reversed", showgrid: false, ...ticks } });
     layout.shapes = this.mark(names.indexOf(this.parameter), colours);
     return card.react(data, layout);
@@ -87,7 +89,7 @@ Object.assign(View.prototype, {
     const names = this.store.facts.get("layers")?.activations ?? [];
     this.sliderRow.hidden = !held || held.of < 2;
     if (!held) return card.wait();
-    const z = names.map((_, r) => Array.from(held.bytes.subarray(r * held.bins, (r + 1) * held.bins), (v) => v || null));
+    const z = names.map((_, r) => held.bytes.subarray(r * held.bins, (r + 1) * held.bins));
     if (document.activeElement !== this.slider || held.at === held.of - 1) {
       this.slider.max = held.of - 1;
       this.slider.value = held.at;
@@ -95,21 +97,21 @@ Object.assign(View.prototype, {
     const latest = held.at === held.of - 1;
     this.sliderText.textContent = `step ${held.step.toLocaleString("en")}${latest ? " (latest)" : ""}`;
     if (held.stats) this.layerStats = held.stats;
-    card.note.replaceChildren(scaleBar("few", "many"));
-    const ticks = rowTicks(names, card.height - 48, Math.max(10, Math.round(card.width / 24)));
-    const edges = this.store.facts.get("edges");
-    const xaxis = { title: { text: "value" }, range: [-0.5, held.bins - 0.5], ...valueTicks(edges, held.low, held.bins) };
+    const scale = densityScale(colours);
+    card.note.replaceChildren(scaleBar("few", "many", scale));
+    const ticks = rowTicks(names, card.height - 48, Math.max(10, Math.round(card.width / 20)));
+    const xaxis = { title: { text: "value" }, range: [-0.5, held.bins - 0.5], ...valueTicks(this.store.facts.get("bins")) };
     const layout = layoutOf(colours, { ...POINTER, xaxis, yaxis: { autorange: "reversed", showgrid: false, ...ticks } });
-    layout.uirevision = `${held.low}:${held.bins}`;
+    layout.uirevision = `${held.bins}`;
     layout.shapes = this.mark(names.indexOf(this.module), colours);
-    return card.react([{ ...HEAT, z, zmin: 0, zmax: 255 }], layout);
+    return card.react([{ ...HEAT, z, zmin: 0, zmax: 255, colorscale: scaleOf(scale) }], layout);
   },
 
   activationsTip({ x, y }) {
     const held = this.store.levelsOf.get("activations");
-    const edges = this.store.facts.get("edges");
+    const edges = this.store.facts.get("bins");
     const names = this.store.facts.get("layers").activations;
-    const lines = [names[y], `values ${compact(edges[held.low + x])} to ${compact(edges[held.low + x + 1])}`];
+    const lines = [names[y], `values ${compact(edges[x])} to ${compact(edges[x + 1])}`];
     const stats = this.layerStats;
     if (stats && held.at === held.of - 1) {
       lines.push(`mean ${compact(stats[3 * y])}, deviation ${compact(stats[3 * y + 1])}`, `${(100 * stats[3 * y + 2]).toFixed(1)} % zeros`);
@@ -131,13 +133,13 @@ Object.assign(View.prototype, {
     const of = (rank, field) => store.lines.get(`memory:${rank}:${field}`);
     if (!shown.some((rank) => of(rank, "allocated")?.x.length)) return card.wait();
     const fields = shown.length === 1 ? ["allocated", "reserved", "peak"] : ["allocated"];
-    let largest = 0;
-    for (const rank of shown) for (const v of of(rank, "peak")?.y ?? []) largest = Math.max(largest, v ?? 0);
-    for (const rank of shown) for (const v of of(rank, "reserved")?.y ?? []) largest = Math.max(largest, v ?? 0);
+    const most = (field) => Math.max(0, ...shown.flatMap((rank) => of(rank, field)?.y ?? []));
+    const peak = most("peak");
+    const largest = Math.max(peak, most("reserved"));
     const unit = bytesUnit(largest);
     const data = [];
     const entries = [];
-    const text = (v) => (v === null ? "–" : `${compact(v / unit.size)} ${unit.name}`);
+    const text = (v) => (v === null ? "–" : (v / unit.size).toLocaleString("en", { maximumSignificantDigits: 3 }));
     shown.forEach((rank, i) => {
       fields.forEach((field, f) => {
         const held = of(rank, field);
@@ -152,7 +154,11 @@ Object.assign(View.prototype, {
       });
     });
     const near = total > 0 && largest > 0.4 * total;
-    card.aside.replaceChildren(legendOf(entries), ...(total ? [h("span", { class: "quiet" }, `of ${text(total)}`)] : []));
+    card.aside.replaceChildren(legendOf(entries));
+    const whole = bytesUnit(total);
+    const place = this.store.facts.get("header")?.facts.startsWith("cpu") ? "this machine" : "each device";
+    this.memoryTotal.hidden = !total;
+    this.memoryTotal.textContent = `${compact(total / whole.size)} ${whole.name} in all on ${place}; peak ${((100 * peak) / total).toFixed(0)} %`;
     const layout = layoutOf(colours, { hovermode: "x unified", uirevision: "kept", xaxis: { title: { text: "step" } }, yaxis: { rangemode: "tozero", title: { text: unit.name }, nticks: 6 } });
     if (near) {
       const line = { color: colours.soft, width: 1, dash: "dash" };
@@ -180,36 +186,23 @@ Object.assign(View.prototype, {
     const grid = this.store.grids.get("layer");
     const edges = this.store.facts.get("edges");
     if (!grid?.x.length || !edges) return card.wait();
-    let low = grid.rows;
-    let high = 0;
-    for (const column of grid.columns) {
-      for (let r = 0; r < grid.rows; r++) {
-        if (!(column[r] > 0)) continue;
-        if (r < low) low = r;
-        if (r >= high) high = r + 1;
-      }
-    }
-    if (low >= high) return card.wait();
-    const z = Array.from({ length: high - low }, () => new Array(grid.x.length).fill(null));
-    grid.columns.forEach((column, c) => {
-      let most = 0;
-      for (let r = low; r < high; r++) most = Math.max(most, column[r]);
-      for (let r = low; r < high; r++) if (column[r] > 0) z[r - low][c] = Math.sqrt(column[r] / most);
-    });
-    const yaxis = { title: { text: "value" }, showgrid: false, range: [-0.5, high - low - 0.5], ...valueTicks(edges, low, high - low) };
-    this.shownBins = { low, z };
-    return card.react([{ ...HEAT, x: grid.x, z, zmin: 0, zmax: 1 }], layoutOf(colours, { ...POINTER, xaxis: { title: { text: "step" } }, yaxis, uirevision: `${this.module}:${low}:${high}` }));
+    const shown = folded(grid.columns, edges);
+    const most = grid.columns.map((_, c) => Math.max(1, ...shown.counts.map((row) => row[c])));
+    const z = shown.counts.map((row) => row.map((count, c) => Math.sqrt(count / most[c])));
+    const yaxis = { title: { text: "value" }, showgrid: false, range: [-0.5, z.length - 0.5], ...valueTicks(shown.edges) };
+    const layout = layoutOf(colours, { ...POINTER, xaxis: { title: { text: "step" } }, yaxis, uirevision: `${this.module}:${z.length}` });
+    this.shownEdges = shown.edges;
+    return card.react([{ ...HEAT, x: grid.x, z, zmin: 0, zmax: 1, colorscale: scaleOf(densityScale(colours)) }], layout);
   },
 
   listenValues() {
     const { plot } = this.cards.values;
     plot.on("plotly_unhover", () => this.tip.hide());
     plot.on("plotly_hover", ({ points, event }) => {
-      const edges = this.store.facts.get("edges");
       const { x, y, z } = points[0];
-      const at = this.shownBins.low + y;
+      const edges = this.shownEdges;
       const share = `${Math.round(100 * z * z)} % of the fullest bin`;
-      this.tip.show(event, [`values ${compact(edges[at])} to ${compact(edges[at + 1])}`, `step ${x.toLocaleString("en")}`, share]);
+      this.tip.show(event, [`values ${compact(edges[y])} to ${compact(edges[y + 1])}`, `step ${x.toLocaleString("en")}`, share]);
     });
   },
 });

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from widgets import svg
-from widgets.inspector.recording import FIELDS, Recording, edges
+from widgets.inspector.recording import FIELDS, Recording
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -30,15 +30,9 @@ def log_norms(recording: Recording) -> np.ndarray:
     return np.where(good, np.log10(np.where(good, norms, 1.0)), np.nan)
 
 
-def shares(recording: Recording) -> tuple[np.ndarray, list[str], int]:
-    """Latest distributions [bins, layers] as roots of shares of the fullest bin, labels of the bins, and the step."""
-    counts, _, step = recording.distributions()
-    counts = np.nan_to_num(counts)
-    present = np.flatnonzero(counts.sum(axis=0))
-    low, high = (int(present[0]), int(present[-1]) + 1) if len(present) else (0, recording.bins)
-    shown = counts[:, low:high]
-    centres = [(a + b) / 2 for a, b in zip(edges(recording.bins), edges(recording.bins)[1:], strict=False)][low:high]
-    return np.sqrt(shown / np.maximum(shown.max(axis=1, keepdims=True), 1)).T, [f"{c:.3g}" for c in centres], step
+def bin_labels(edges: Sequence[float]) -> list[str]:
+    """The middle of each bin; ``0`` for the one about zero."""
+    return ["0" if a < 0 < b else f"{(a + b) / 2:.3g}" for a, b in zip(edges, edges[1:], strict=False)]
 
 
 def plotly_figures(recording: Recording) -> dict[str, go.Figure]:
@@ -51,21 +45,21 @@ def plotly_figures(recording: Recording) -> dict[str, go.Figure]:
     if loss:
         figures["loss"] = figure = go.Figure()
         for name, (x, y) in loss.items():
-            label, right = name.removeprefix("metric:"), _on_the_right(name)
             mode = "lines+markers" if name.startswith("metric:") else "lines"
-            figure.add_scatter(x=x, y=y, name="held-out loss" if name == "metric:loss" else label, mode=mode, yaxis="y2" if right else "y")
-        figure.update_layout(xaxis_title="step", yaxis_title="loss", yaxis2={"overlaying": "y", "side": "right", "showgrid": False})
+            figure.add_scatter(x=x, y=y, name=_label(name), mode=mode, yaxis="y2" if _on_the_right(name) else "y")
+        right = {"overlaying": "y", "side": "right", "showgrid": False}
+        figure.update_layout(xaxis_title="step", yaxis_title="loss", yaxis2=right)
     if recording.gradients is not None:
         z = log_norms(recording).T
         bar = {"title": "log₁₀ norm"}
         heat = go.Heatmap(x=recording.gradients.x, y=recording.layers("gradients"), z=z, colorscale="Viridis", colorbar=bar)
         figures["gradients"] = go.Figure(heat).update_layout(xaxis_title="step", yaxis_autorange="reversed")
     if recording.activations is not None:
-        z, labels, step = shares(recording)
-        heat = go.Heatmap(x=labels, y=recording.layers("activations"), z=z.T, colorscale="Viridis", showscale=False)
-        figures["activations"] = go.Figure(heat).update_layout(
-            xaxis={"title": f"value, at step {step}", "type": "category"}, yaxis_autorange="reversed"
-        )
+        shown = recording.distributions()
+        rows = recording.layers("activations")
+        heat = go.Heatmap(x=bin_labels(shown.edges), y=rows, z=shown.levels, colorscale="Viridis", showscale=False)
+        xaxis = {"title": f"value, at step {shown.step}", "type": "category"}
+        figures["activations"] = go.Figure(heat).update_layout(xaxis=xaxis, yaxis_autorange="reversed")
     memory = {n: xy for n, xy in curves.items() if n.startswith("memory:")}
     if memory:
         figures["memory"] = figure = go.Figure()
@@ -92,17 +86,17 @@ def static_html(recording: Recording, header: Mapping[str, Any], findings: Findi
     loss = {}
     for name, line in recording.lines.items():
         if not name.startswith("memory:"):
-            label = "held-out loss" if name == "metric:loss" else name.removeprefix("metric:")
-            loss[label] = (*line.arrays(), 2 if _on_the_right(name) else 1)
+            loss[_label(name)] = (*line.arrays(), 2 if _on_the_right(name) else 1)
     parts.append(_section("Loss and metrics", svg.chart(loss)))
     if recording.gradients is not None:
-        drawn = svg.heat_map(recording.layers("gradients"), recording.gradients.x, log_norms(recording), title="log₁₀ of the norm")
+        norms = log_norms(recording)
+        drawn = svg.heat_map(recording.layers("gradients"), recording.gradients.x, norms, title="log₁₀ of the norm")
         parts.append(_section("Gradient norms by layer", drawn))
     if recording.activations is not None:
-        z, labels, step = shares(recording)
-        drawn = svg.heat_map(
-            recording.layers("activations"), np.arange(len(labels)), z, title=f"share of values, step {step}", x_title="value", ticks=labels
-        )
+        shown = recording.distributions()
+        rows, labels = recording.layers("activations"), bin_labels(shown.edges)
+        title = f"share of values, step {shown.step}"
+        drawn = svg.heat_map(rows, np.arange(len(labels)), shown.levels.T, title=title, x_title="value", ticks=labels)
         parts.append(_section("Activations by layer", drawn))
     memory = {}
     for name, line in recording.lines.items():
@@ -124,6 +118,10 @@ def empty_html() -> str:
 def _section(title: str, content: str) -> str:
     style = "margin:12px 0 4px;font-size:12px;font-weight:600;color:var(--jp-ui-font-color2,#777)"
     return f'<p style="{style}">{escape(title)}</p>{content}'
+
+
+def _label(name: str) -> str:
+    return "held-out loss" if name == "metric:loss" else name.removeprefix("metric:")
 
 
 def _on_the_right(name: str) -> bool:

@@ -15,10 +15,10 @@ class View {
     Object.assign(this, { model, el, store, signal });
     el.classList.add("wb-inspector-host");
     this.root = h("div", { class: "wb wb-inspector", role: "region", "aria-label": "Inspector" });
-    this.header = h("header", { class: "wb-head" });
-    this.findings = h("section", { class: "wb-findings", "aria-label": "Findings", "aria-live": "polite" });
+    this.header = h("header", { class: "wi-head" });
+    this.findings = h("section", { class: "wi-findings", "aria-label": "Findings", "aria-live": "polite" });
     this.cards = {
-      loss: new Card("loss", "Loss and metrics", WAITING.loss, HEIGHT),
+      loss: new Card("loss", "Loss", WAITING.loss, HEIGHT),
       gradients: new Card("gradients", "Gradient norms", WAITING.gradients, HEIGHT),
       activations: new Card("activations", "Activations", WAITING.activations, HEIGHT),
       memory: new Card("memory", "Memory", WAITING.memory, HEIGHT),
@@ -29,8 +29,8 @@ class View {
     this.detailTitle = h("h3", {});
     const close = h("button", { class: "quiet", type: "button", "aria-label": "Close the layer's history", onclick: () => this.choose(null) }, "Close");
     const detailHead = h("header", {}, this.detailTitle, close);
-    this.detail = h("section", { class: "wb-detail", hidden: true, "aria-label": "History of a layer" }, detailHead, norm.element, values.element);
-    this.grid = h("div", { class: "wb-grid" }, ...Object.values(main).map((card) => card.element), this.detail);
+    this.detail = h("section", { class: "wi-detail", hidden: true, "aria-label": "History of a layer" }, detailHead, norm.element, values.element);
+    this.grid = h("div", { class: "wi-grid" }, ...Object.values(main).map((card) => card.element), this.detail);
     this.root.append(this.header, this.findings, this.grid);
     el.append(this.root);
     this.tip = new Tooltip(this.root);
@@ -78,15 +78,15 @@ class View {
       this.header.replaceChildren(h("p", { class: "quiet" }, text));
       return;
     }
-    const stat = (label, value, of) => h("div", {}, h("dt", {}, label), h("dd", {}, value, of ? h("span", { class: "quiet" }, of) : null));
+    const stat = (label, value, of) => h("p", {}, h("span", {}, label), h("b", {}, value, of ? h("small", {}, of) : null));
     const number = (n) => n.toLocaleString("en");
     const stats = [stat("Step", number(header.step), header.total ? ` / ${number(header.total)}` : ""), stat("Epoch", number(header.epoch))];
     if (header.rate !== null) stats.push(stat("Samples/s", number(header.rate)));
     if (header.left) stats.push(stat("Time left", header.left));
     const bar = h("progress", { max: Math.max(1, header.total), value: header.step, "aria-label": "Steps done" });
-    const name = h("div", { class: "wb-name" }, h("h2", { title: header.name }, header.name), h("span", { class: `chip ${header.status}` }, header.status));
-    const title = h("div", { class: "wb-title" }, name, h("p", { class: "quiet small" }, header.facts || "not started yet"));
-    const parts = [title, h("dl", {}, ...stats)];
+    const name = h("div", { class: "wi-name" }, h("h2", { title: header.name }, header.name), h("span", { class: `chip ${header.status}` }, header.status));
+    const title = h("div", { class: "wi-title" }, name, h("p", { class: "quiet small" }, header.facts || "not started yet"));
+    const parts = [title, h("div", { class: "wi-stats" }, ...stats)];
     if (header.ranks > 1) parts.push(this.rankChooser(header.ranks));
     if (this.header.contains(document.activeElement)) return; // a choice is open: the next frame draws the header
     this.header.replaceChildren(...parts, bar);
@@ -105,7 +105,7 @@ class View {
       event.target.blur();
       this.ask("rank", value === "all" ? null : Number(value));
     };
-    return h("label", { class: "wb-rank" }, h("span", {}, "Readings of"), h("select", { onchange, "aria-label": "Rank" }, ...options));
+    return h("label", { class: "wi-rank" }, h("span", {}, "Readings of"), h("select", { onchange, "aria-label": "Rank" }, ...options));
   }
 
   drawFindings(findings) {
@@ -141,12 +141,12 @@ class View {
   buildControls() {
     const pick = (kind) => {
       const onchange = (event) => this.choose(event.target.value || null);
-      return h("select", { "aria-label": `Layer whose ${kind} to show over time`, onchange, class: "wb-pick", hidden: true });
+      return h("select", { "aria-label": `Layer whose ${kind} to show over time`, onchange, class: "wi-pick", hidden: true });
     };
     this.pickers = { gradients: pick("gradients"), activations: pick("activations") };
     for (const kind of ["gradients", "activations"]) {
       const card = this.cards[kind];
-      card.note = h("div", { class: "wb-note" });
+      card.note = h("div", { class: "wi-note" });
       card.aside.append(card.note, this.pickers[kind]);
       card.listen = () => this.listen(kind);
     }
@@ -157,8 +157,10 @@ class View {
     };
     this.slider = h("input", { type: "range", min: 0, max: 0, step: 1, value: 0, "aria-label": "Reading to show", oninput });
     this.sliderText = h("output", {});
-    this.sliderRow = h("div", { class: "wb-slider", hidden: true }, this.slider, this.sliderText);
+    this.sliderRow = h("div", { class: "wi-slider", hidden: true }, this.slider, this.sliderText);
     this.cards.activations.foot.append(this.sliderRow);
+    this.memoryTotal = h("p", { hidden: true });
+    this.cards.memory.foot.append(this.memoryTotal);
     this.cards.values.listen = () => this.listenValues();
   }
 
@@ -170,7 +172,7 @@ class View {
       const key = names.join("\n");
       if (picker.dataset.key !== key) {
         picker.dataset.key = key;
-        picker.replaceChildren(h("option", { value: "" }, "a layer over time…"), ...names.map((n) => h("option", { value: n }, n)));
+        picker.replaceChildren(h("option", { value: "" }, "pick a layer"), ...names.map((n) => h("option", { value: n }, n)));
       }
       picker.hidden = !names.length;
       picker.value = kind === "gradients" ? layer ?? "" : module ?? "";

@@ -48,12 +48,14 @@ class Inspector(LiveWidget):
 
     _esm = module("plotting.js", "inspector/parts.js", "inspector/inspector.js", "inspector/charts.js")
     _css = theme.css("inspector/inspector.css")
+    _follower: Follower | None = None  # also of an instance that was never made whole: ipywidgets closes it too
 
-    def __init__(self, run_or_path: Run | str | os.PathLike[str] | None = None, refresh: float = 0.25, *, static: bool | None = None) -> None:
+    def __init__(
+        self, run_or_path: Run | str | os.PathLike[str] | None = None, refresh: float = 0.25, *, static: bool | None = None
+    ) -> None:
         self.refresh = max(0.25, refresh)
         self.run: Run | None = None
         self.recording: Recording | None = None
-        self._follower: Follower | None = None
         self._findings: list[events.Finding] = []
         self._problem = ""
         self._last_look = self._last_diagnosis = 0.0
@@ -79,8 +81,7 @@ class Inspector(LiveWidget):
 
     def close(self) -> None:
         """Stop following and close the view; the run goes on."""
-        with self._lock:
-            self._stop_following()
+        self._stop_following()
         super().close()
 
     @property
@@ -168,7 +169,8 @@ class Inspector(LiveWidget):
             return
         self.recording.write(frame, whole)
         self.recording.fact(frame, "header", self._header(self.run, self.recording))
-        rows = [{**f.model_dump(include={"severity", "message", "layer", "step", "name"}), "remedy": remedy_text(f)} for f in self._findings]
+        told = {"severity", "message", "layer", "step", "name"}
+        rows = [{**finding.model_dump(include=told), "remedy": remedy_text(finding)} for finding in self._findings]
         self.recording.fact(frame, "findings", rows)
 
     def _header(self, run: Run, recording: Recording) -> dict[str, Any]:
@@ -237,5 +239,3 @@ def _compact(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return str(count)
-
-

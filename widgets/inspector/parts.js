@@ -1,7 +1,20 @@
 // Pieces of the Inspector's page: elements, cards, the tooltip, labels and colours. Names reach the page as text only.
 
 const VIRIDIS = ["#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725"];
-const SCALE = VIRIDIS.map((colour, i) => [i / (VIRIDIS.length - 1), colour]);
+const SCALE = scaleOf(VIRIDIS);
+// Densities rise out of the page's own background, in even steps of lightness.
+const DENSITY = {
+  light: ["#cfe0f7", "#97bcee", "#5f93dd", "#3569bd", "#1b428c", "#0d2558"],
+  dark: ["#1a3153", "#234b83", "#3169b4", "#5a90dc", "#95bbf2", "#dbe8fc"],
+};
+
+function scaleOf(colours) {
+  return colours.map((colour, i) => [i / (colours.length - 1), colour]);
+}
+
+function densityScale(colours) {
+  return [colours.back, ...DENSITY[colours.dark ? "dark" : "light"]];
+}
 
 function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -34,31 +47,56 @@ function bytesUnit(largest) {
   return largest >= 1e9 ? { size: 1e9, name: "GB" } : { size: 1e6, name: "MB" };
 }
 
-// Bin edges that are labelled: zero and whole powers of two four apart, as far as the shown bins reach.
-function valueTicks(edges, low, bins) {
-  const tickvals = [];
-  const ticktext = [];
-  const middle = (edges.length - 2) / 2 - low;
-  if (middle >= 0 && middle < bins) {
-    tickvals.push(middle);
-    ticktext.push("0");
-  }
-  const step = bins > 60 ? 6 : bins > 24 ? 4 : 2;
-  for (let i = 0; i <= bins; i++) {
-    const edge = edges[low + i];
-    const power = Math.log2(Math.abs(edge));
-    if (Math.abs(power - Math.round(power)) > 1e-6 || Math.round(power) % step || Math.abs(i - 0.5 - middle) < bins / 24) continue;
-    tickvals.push(i - 0.5);
+// Labels of a value axis whose cells have these edges: 0 on the cell about zero, whole powers of two elsewhere.
+function valueTicks(edges) {
+  const middle = edges.findIndex((edge, i) => edge < 0 && edges[i + 1] > 0);
+  const powers = edges.map((edge) => Math.log2(Math.abs(edge)));
+  const reach = Math.max(...powers) - Math.min(...powers);
+  const step = reach > 16 ? 6 : reach > 9 ? 4 : 2;
+  const tickvals = [middle];
+  const ticktext = ["0"];
+  edges.forEach((edge, i) => {
+    const power = Math.round(powers[i]);
+    if (Math.abs(powers[i] - power) > 1e-3 || power % step || Math.abs(i - 0.5 - middle) < edges.length / 9) return;
     const size = Math.abs(power) <= 10 ? (power >= 0 ? `${2 ** power}` : `1/${2 ** -power}`) : `2<sup>${power}</sup>`;
+    tickvals.push(i - 0.5);
     ticktext.push(edge < 0 ? `−${size}` : size);
-  }
+  });
   return { tickvals, ticktext };
+}
+
+// Like the kernel's shown_bins, for one layer over time: bins without a five-hundredth of the values are left out, those about
+// zero that hold under a twentieth of what is not zero are drawn as one.
+function folded(columns, edges) {
+  const bins = edges.length - 1;
+  const middle = (bins - 1) / 2;
+  const sum = new Float64Array(bins);
+  for (const column of columns) for (let i = 0; i < bins; i++) sum[i] += column[i] || 0;
+  const total = sum.reduce((a, b) => a + b, 0) || 1;
+  let low = sum.findIndex((v) => v / total > 0.002);
+  let high = sum.findLastIndex((v) => v / total > 0.002) + 1;
+  if (low < 0) [low, high] = [middle - 4, middle + 5];
+  const apart = total - sum[middle] || 1;
+  let inner = middle;
+  for (let held = 0; inner > 4; inner--) {
+    held += sum[inner - 1] + sum[2 * middle - inner + 1];
+    if (held / apart > 0.05) break;
+  }
+  const outer = 2 * middle - inner + 1;
+  low = Math.min(low, inner - 1);
+  high = Math.max(high, outer + 1);
+  const rows = [];
+  for (let i = low; i < inner; i++) rows.push([i, i + 1]);
+  rows.push([inner, outer]);
+  for (let i = outer; i < high; i++) rows.push([i, i + 1]);
+  const counts = rows.map(([from, to]) => columns.map((column) => column.subarray(from, to).reduce((a, b) => a + (b || 0), 0)));
+  return { counts, edges: [...rows.map(([from]) => edges[from]), edges[high]] };
 }
 
 class Tooltip {
   constructor(root) {
     this.root = root;
-    this.element = h("div", { class: "wb-tip", role: "tooltip", hidden: true });
+    this.element = h("div", { class: "wi-tip", role: "tooltip", hidden: true });
     root.append(this.element);
   }
 
@@ -83,14 +121,14 @@ class Card {
   constructor(name, title, waiting, height, draw) {
     this.name = name;
     this.height = height;
-    this.plot = h("div", { class: "wb-plot" });
+    this.plot = h("div", { class: "wi-plot" });
     this.plot.style.height = `${height}px`;
-    this.waiting = h("p", { class: "wb-waiting" }, waiting);
-    this.aside = h("div", { class: "wb-aside" });
-    this.foot = h("div", { class: "wb-foot" });
+    this.waiting = h("p", { class: "wi-waiting" }, waiting);
+    this.aside = h("div", { class: "wi-aside" });
+    this.foot = h("div", { class: "wi-foot" });
     this.title = h("h3", {}, title);
     const head = h("header", {}, this.title, this.aside);
-    this.element = h("section", { class: "wb-card", "aria-label": title, "data-card": name }, head, this.plot, this.foot);
+    this.element = h("section", { class: "wi-card", "aria-label": title, "data-card": name }, head, this.plot, this.foot);
     this.plot.append(this.waiting);
     this.revision = 0;
     this.drawn = false;
@@ -128,7 +166,7 @@ function legendOf(entries) {
     swatch.style.color = colour;
     return h("li", {}, swatch, h("span", {}, label), h("b", {}, value));
   });
-  return h("ul", { class: "wb-legend" }, ...items);
+  return h("ul", { class: "wi-legend" }, ...items);
 }
 
 function lastOf(line) {
@@ -136,10 +174,10 @@ function lastOf(line) {
   return at < 0 ? null : line.y[at];
 }
 
-function scaleBar(low, high) {
+function scaleBar(low, high, colours = VIRIDIS) {
   const bar = h("i", { "aria-hidden": "true" });
-  bar.style.background = `linear-gradient(to right, ${VIRIDIS.join(",")})`;
-  return h("div", { class: "wb-scale" }, h("span", {}, low), bar, h("span", {}, high));
+  bar.style.background = `linear-gradient(to right, ${colours.join(",")})`;
+  return h("div", { class: "wi-scale" }, h("span", {}, low), bar, h("span", {}, high));
 }
 
 function powerOfTen(exponent) {

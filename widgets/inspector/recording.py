@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -243,12 +244,17 @@ class Recording:
 
     # -- giving out ---------------------------------------------------------------------------------------------------
 
-    def distributions(self) -> tuple[np.ndarray, int, int]:
-        """Counts [layers, bins] at the chosen time, the column shown, and its step."""
+    def distributions(self) -> Distributions:
+        """Every layer's histogram at the chosen time."""
         assert self.activations is not None
         last = len(self.activations) - 1
         at = last if self.at is None else min(self.at, last)
-        return self.activations.values[at].reshape(-1, self.bins), at, int(self.activations.x[at])
+        counts = np.nan_to_num(self.activations.values[at].reshape(-1, self.bins).astype("f8"))
+        low, inner, outer, high = shown_bins(counts)
+        middle = counts[:, inner:outer].sum(axis=1, keepdims=True)
+        folded = np.hstack([counts[:, low:inner], middle, counts[:, outer:high]])
+        known = edges(self.bins)
+        return Distributions(int(self.activations.x[at]), at, folded, [*known[low : inner + 1], *known[outer : high + 1]])
 
     def write(self, frame: Frame, whole: bool = False) -> None:
         """Add what changed since the last call to ``frame``, or everything."""
@@ -280,18 +286,17 @@ class Recording:
             frame.add("fact", name, value=value)
 
     def _write_distributions(self, frame: Frame) -> None:
-        counts, at, step = self.distributions()
         assert self.activations is not None
-        present = np.flatnonzero(np.nan_to_num(counts).sum(axis=0))
-        low, high = (int(present[0]), int(present[-1]) + 1) if len(present) else (0, self.bins)
-        shown = np.nan_to_num(counts[:, low:high])
-        share = shown / np.maximum(shown.max(axis=1, keepdims=True), 1)
-        # A byte a cell is as fine as the eye sees; the root lifts the tails.
-        levels = np.round(255 * np.sqrt(share)).astype(np.uint8)
-        count, mean, square, zeros = self.stats.T
-        stats = np.column_stack([mean, np.sqrt(np.maximum(square - mean**2, 0)), zeros]) if self.at is None else np.zeros((0, 3))
-        facts = {"rows": len(levels), "bins": high - low, "low": low, "step": step, "at": at, "of": len(self.activations)}
-        frame.add("levels", "activations", stats, packed=levels, stats=len(stats), **facts)
+        shown = self.distributions()
+        # A byte a cell is as fine as the eye sees.
+        levels = np.round(255 * shown.levels).astype(np.uint8)
+        _, mean, square, zeros = self.stats.T
+        stats = np.column_stack([mean, np.sqrt(np.maximum(square - mean**2, 0)), zeros])
+        if self.at is not None:
+            stats = stats[:0]  # those of earlier steps are not kept
+        self.fact(frame, "bins", [float(f"{edge:.6g}") for edge in shown.edges])
+        shape = {"rows": levels.shape[0], "bins": levels.shape[1], "stats": len(stats)}
+        frame.add("levels", "activations", stats, packed=levels, **shape, step=shown.step, at=shown.at, of=len(self.activations))
 
     def frame_of(self, kind: str) -> pd.DataFrame:
         """The first and the last readings of ``kind`` with their ranks, as :mod:`workbench.diagnosis` takes them."""
@@ -300,6 +305,46 @@ class Recording:
         head, tail = self.tables[kind]
         parts = [table.to_pandas().assign(rank=rank) for rank, table in [*head, *tail]]
         return pd.concat(parts, ignore_index=True).sort_values("step", kind="stable") if parts else pd.DataFrame()
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """Histograms of all layers at one step.
+
+    Attributes:
+        step, at: of the reading, and its column in the history.
+        counts: [layers, bins], values near zero folded into one bin.
+        edges: of the bins, one more than bins.
+    """
+
+    step: int
+    at: int
+    counts: np.ndarray
+    edges: list[float]
+
+    @property
+    def levels(self) -> np.ndarray:
+        """Counts as shares of each layer's fullest bin; the root lifts the tails."""
+        return np.sqrt(self.counts / np.maximum(self.counts.max(axis=1, keepdims=True), 1))
+
+
+def shown_bins(counts: np.ndarray) -> tuple[int, int, int, int]:
+    """Which bins to draw of ``counts`` [layers, bins]: (low, inner, outer, high).
+
+    Bins inner … outer - 1, about zero, are drawn as one: of no layer do they hold over a twentieth of the values that are not
+    zero. Outside low … high - 1 no layer has a five-hundredth of its values.
+    """
+    bins = counts.shape[1]
+    middle = bins // 2
+    total = np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    present = np.flatnonzero((counts / total > 0.002).any(axis=0))
+    low, high = (int(present[0]), int(present[-1]) + 1) if len(present) else (middle - 4, middle + 5)
+    sizes = counts[:, middle + 1 :] + counts[:, middle - 1 :: -1]  # by distance from zero
+    share = np.cumsum(sizes, axis=1) / np.maximum(sizes.sum(axis=1, keepdims=True), 1)
+    folded = int((share.max(axis=0) <= 0.05).sum())
+    folded = min(folded, bins // 2 - 4)
+    inner, outer = middle - folded, middle + 1 + folded
+    return min(low, inner - 1), inner, outer, max(high, outer + 1)
 
 
 def edges(bins: int) -> list[float]:
