@@ -2,6 +2,7 @@ import copy
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_files_hold_no_pickle_and_tell_what_is_in_them(model, tmp_path):
     description = read_structure(tmp_path / "m")
     assert description["model"]["name"] == "resnet20"
     assert description["parameters"] == sum(p.numel() for p in model.parameters())
-    assert description["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert description["versions"]["torch"] == version("torch")
 
 
 def test_structure_survives_deepcopy_and_then_makes_a_new_one(model):

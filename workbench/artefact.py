@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from workbench.errors import ArtefactError, ConfigError
-from workbench.models.structure import Structure, count_parameters, structure_of
+from workbench.models.structure import Structure, count_parameters, is_channels_last, structure_of
 from workbench.registry import Registry
 from workbench.storage import write_atomic
 
@@ -69,7 +69,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], *, weights_only: 
         "transforms": structure.transforms,
         "parameters": count_parameters(model),
         "tied": tied,
-        "channels_last": any(_is_channels_last(tensor) for tensor in model.state_dict().values()),
+        "channels_last": is_channels_last(model),
         "sha256": hashlib.sha256(weights).hexdigest(),
         "versions": _versions(),
     }
@@ -213,10 +213,6 @@ def _read_weights(file: Path, digest: str) -> dict[str, torch.Tensor]:
             "It was changed, or saving was interrupted: copy or save it again.",
         )
     return tensors
-
-
-def _is_channels_last(tensor: torch.Tensor) -> bool:
-    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _versions() -> dict[str, str]:

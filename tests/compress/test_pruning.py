@@ -112,11 +112,13 @@ def test_l1_removes_the_smallest_channels():
 
 def test_the_given_model_stays_and_its_flags_carry_over():
     model = copy.deepcopy(MODEL).train()
+    model.to(memory_format=torch.channels_last)
     model.stem[0].weight.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pruned = prune(model, PruneConfig(), X)
     assert model.training and pruned.training
     assert not pruned.stem[0].weight.requires_grad and pruned.classifier.weight.requires_grad
+    assert pruned.stages[1][0].conv2.weight.is_contiguous(memory_format=torch.channels_last)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.structure.transforms == []
 
@@ -134,8 +136,9 @@ def test_a_pruned_model_trains():
     assert losses[-1] < losses[0]
 
 
-def test_pruned_twice_reloads_equal_and_says_what_happened(tmp_path):
-    pruned = prune(prune(MODEL, PruneConfig(ratio=0.2), X), PruneConfig(ratio=0.2), X)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_pruned_twice_reloads_equal_and_says_what_happened(tmp_path, layout):
+    pruned = prune(prune(copy.deepcopy(MODEL).to(memory_format=layout), PruneConfig(ratio=0.2), X), PruneConfig(ratio=0.2), X)
     save_model(pruned, tmp_path / "p")
     assert torch.equal(load_model(tmp_path / "p")(X), pruned(X))
     first, second = read_structure(tmp_path / "p")["transforms"]

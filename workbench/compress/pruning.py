@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from workbench.compress.config import CRITERIA, PruneConfig
 from workbench.compress.surgery import History, attention_heads, explained, refresh_attention, reshaped, survivors
 from workbench.errors import ConfigError, ModelError, unknown
-from workbench.models.structure import count_parameters, structure_of
+from workbench.models.structure import count_parameters, is_channels_last, structure_of
 
 _STEPS = 14
 """Bisections of the channel ratio: to 1/16384, finer than one channel of common models."""
@@ -79,6 +79,8 @@ def prune(model: nn.Module, config: PruneConfig | None = None, example: Any = No
     pruned = reshaped(
         copy.deepcopy(model), layers, lambda name, old, shape: old.detach().flatten()[positions[name].to(old.device)]
     )
+    if is_channels_last(model):
+        pruned = pruned.to(memory_format=torch.channels_last)
     with explained(model):  # some couplings show only when the pruned model runs
         record["after"] = {"parameters": count_parameters(pruned), "macs": count_macs(pruned, x)}
     record["layers"] = layers
@@ -242,7 +244,7 @@ def _one_sample(model: nn.Module, example: Any) -> torch.Tensor:
         try:
             with torch.no_grad():
                 model(x)
-        except Exception:  # noqa: S112 - a guess that the model refuses; the next one is tried
+        except Exception:  # a guess that the model refuses; the next one is tried
             continue
         return x
     raise ModelError(

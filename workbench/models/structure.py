@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -40,3 +41,13 @@ def count_parameters(model: nn.Module) -> int:
         if "parameters" in transform:
             return int(transform["parameters"])
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def is_channels_last(model: nn.Module) -> bool:
+    """Whether the model's convolutions lie in memory channels last: another layout sums in another order."""
+    import torch
+
+    def is_so(tensor: torch.Tensor) -> bool:
+        return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+    return any(is_so(tensor) for tensor in model.state_dict().values())
