@@ -61,7 +61,10 @@ class Trainer:
         self.forward: nn.Module = _ModelWithLoss(model, self.loss)
         self.optimizer = make_optimizer(model, config.optim)
         self.clipper = None if config.clip.mode == "off" else AdaptiveGradientClipper(config.clip.max_norm, config.clip.mode)
+        # Telling the compiler of a new step imports all of it, seconds that other runs need not spend.
+        self._captured = compile_mode in ("reduce-overhead", "max-autotune")
         if compile_mode != "off":
+            torch.compiler.reset()  # what a kernel compiled before must not decide how this run is compiled, nor use up the limit
             self.forward.compile(mode=None if compile_mode == "default" else compile_mode)
         if world.size > 1:
             self.forward = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)
@@ -99,7 +102,8 @@ class Trainer:
         """One optimizer step: forward and backward over the micro-batches, then the update. Nothing waits for the device."""
         rate = self._set_rate()
         self.probes.begin(self.step + 1)
-        torch.compiler.cudagraph_mark_step_begin()
+        if self._captured:
+            torch.compiler.cudagraph_mark_step_begin()
         total = torch.zeros((), device=self.world.device)
         for index, (x, y) in enumerate(micro_batches, start=1):
             with self._sync(last=index == self.config.accumulate):
