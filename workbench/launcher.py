@@ -16,6 +16,7 @@ Layout of a run folder, by name:
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -23,7 +24,8 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -91,6 +93,8 @@ class Attempt:
     nproc: int
     process: Process
     time: float
+    ended: float | None = None
+    """When its trainer was done with the folder, however it ended; None while it is not, or if it was killed."""
 
     @classmethod
     def latest(cls, folder: Path) -> Self | None:
@@ -113,18 +117,39 @@ def claim(folder: Path, nproc: int) -> int:
     """Number of a new attempt, which is this process's alone until :func:`record` names the worker.
 
     Raises:
-        RunError: another process claimed the folder at the same moment.
+        RunError: another process is at it.
     """
-    taken = [int(path.stem) for path in (folder / "attempts").glob("*.json")]
-    number = max(taken, default=0) + 1
-    path = folder / "attempts" / f"{number:04d}.json"
-    try:
-        with path.open("x"):
-            pass
-    except FileExistsError:
-        raise RunError(f"Another process is starting the run {folder.name}.", "Open it with Run.open to follow it.") from None
-    record(folder, number, nproc, Process.current())
+    with _locked(folder / "attempts"):
+        latest = Attempt.latest(folder)
+        if latest is not None and latest.ended is None:
+            heartbeat = Heartbeat.read(folder)
+            carrier = heartbeat.process if heartbeat is not None and heartbeat.attempt == latest.number else latest.process
+            if carrier != Process.current() and carrier.alive():
+                raise RunError(
+                    f"The process {carrier.pid} is at the run {folder.name}.", "Open it with Run.open to follow it, or stop it first."
+                )
+        taken = [int(path.stem) for path in (folder / "attempts").glob("*.json")]
+        number = max(taken, default=0) + 1
+        record(folder, number, nproc, Process.current())
     return number
+
+
+def release(folder: Path, number: int) -> None:
+    """Note that the trainer of attempt ``number`` is done with the folder, though its process (a notebook's) may live on."""
+    attempt = Attempt.latest(folder)
+    if attempt is not None and attempt.number == number:
+        write_atomic(folder / "attempts" / f"{number:04d}.json", json.dumps(asdict(replace(attempt, ended=time.time()))))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time within; a killed one lets go."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def record(folder: Path, number: int, nproc: int, process: Process) -> None:

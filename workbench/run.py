@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from pydantic import ValidationError
+
 from workbench import events, launcher, storage
 from workbench.config import Config, load_yaml
 from workbench.errors import RunError, WorkbenchError
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 TERMINAL = ("finished", "stopped", "failed", "lost")
+COMMANDS = ("stop", "pause", "resume", "save", "set")
 STALE_HEARTBEAT = 20.0
 """Seconds without a heartbeat after which a run on another host counts as lost."""
 
@@ -160,6 +163,8 @@ class Run:
                 return event.type
             if event.type in ("attempt_started", "paused", "resumed"):
                 break
+        if attempt.ended:
+            return "failed"  # it could not even say so: a full disk
         process = heartbeat.process if heartbeat else attempt.process
         alive = process.alive()
         if alive is None:
@@ -167,7 +172,7 @@ class Run:
         if not said:
             return "starting" if alive or attempt.process.alive() else "failed"
         if not alive:
-            return "lost"
+            return "failed" if self._journal.failures(attempt.number) else "lost"
         if next((e.type for e in reversed(said) if e.type in ("paused", "resumed")), "") == "paused":
             return "paused"
         return "hung" if heartbeat and self._overdue(heartbeat) else "running"
@@ -182,10 +187,10 @@ class Run:
         """Why the run failed, in words; None unless it failed."""
         if self.status != "failed":
             return None
-        for event in reversed(self.events):
-            if isinstance(event, events.Failed):
-                return event.message
         attempt = launcher.Attempt.latest(self.path)
+        failures = self._journal.failures(attempt.number) if attempt else []
+        if failures:
+            return min(failures, key=lambda event: event.time).message  # the first: its peers failed because it did
         printed = launcher.tail(self.path, attempt.number) if attempt else ""
         return f"The worker ended before it could start training. It printed:\n{printed}"
 
@@ -309,8 +314,10 @@ class Run:
         """Post a command for the trainer to apply at a step's end; returns the command's id at once.
 
         Raises:
-            RunError: no process is there to obey.
+            RunError: there is no such command, or no process to obey it.
         """
+        if name not in COMMANDS:
+            raise RunError(f"There is no command {name!r}.", f"Commands: {', '.join(COMMANDS)}.")
         status = self.status
         if status in TERMINAL or status == "created":
             raise RunError(f"The run {self.id} is {status}, so it cannot {name}.", "resume() starts it again." if status != "finished" else "")
@@ -355,6 +362,8 @@ class Run:
             self.command("resume")
         elif status in ("stopped", "failed", "lost", "created"):
             last = launcher.Attempt.latest(self.path)
+            if status == "lost" and last is not None and last.process.alive():
+                launcher.terminate(last.process)  # torchrun, whose rank 0 is gone: the other ranks must not write on
             launcher.spawn(self.path, nproc or (last.nproc if last else 1))
         elif status == "finished":
             raise RunError(f"The run {self.id} has finished.", "Train further by a new run with model={'name': '<this run>'}.")
@@ -397,6 +406,7 @@ class _JournalReader:
     """Events of rank 0, parsed once, from a byte cursor."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._path = folder / "rank-00000.jsonl"
         self._cursor = 0
         self._events: list[events.Event] = []
@@ -405,13 +415,18 @@ class _JournalReader:
     def all(self) -> list[events.Event]:
         """Every event so far; a new list, which the caller may keep while other threads read on."""
         with self._lock:
-            lines, self._cursor = storage.read_lines(self._path, self._cursor)
-            for line in lines:
-                try:
-                    self._events.append(events.EVENT.validate_json(line))
-                except ValueError as error:
-                    raise WorkbenchError(f"{self._path} holds a line that is not an event: {line[:80]!r}.", str(error)) from error
+            lines, cursor = storage.read_lines(self._path, self._cursor)
+            self._events += _parsed(lines, self._path)
+            self._cursor = cursor
             return list(self._events)
+
+    def failures(self, attempt: int) -> list[events.Failed]:
+        """Why an attempt failed, as each rank saw it."""
+        said = self.all()
+        for path in sorted(self._folder.glob("rank-*.jsonl")):
+            if path != self._path:
+                said += _parsed(storage.read_lines(path)[0], path)
+        return [event for event in said if isinstance(event, events.Failed) and event.attempt == attempt]
 
     def limits(self) -> dict[int, float]:
         """By attempt, the last step that still counts: a later attempt that started earlier undid what came after."""
@@ -421,3 +436,16 @@ class _JournalReader:
     def valid(self) -> list[events.Event]:
         everything, limits = self.all(), self.limits()
         return [e for e in everything if e.step <= limits.get(e.attempt, float("inf"))]
+
+
+def _parsed(lines: list[bytes], path: Path) -> list[events.Event]:
+    """Events of a journal's lines; kinds that only a newer workbench knows are passed over."""
+    found: list[events.Event] = []
+    for line in lines:
+        try:
+            found.append(events.EVENT.validate_json(line))
+        except ValidationError as error:
+            if error.errors()[0]["type"] == "union_tag_invalid":
+                continue
+            raise WorkbenchError(f"{path} holds a line that is not an event: {line[:80]!r}.", str(error)) from error
+    return found

@@ -92,6 +92,13 @@ class Batches:
         """Whether samples are held as tensors (on the device) rather than read by loader processes."""
         return isinstance(self.splits.train, Arrays) and self.config.placement != "loader"
 
+    def close(self) -> None:
+        """End the loader's processes now, not when the last reference goes (an error's traceback may hold one for long)."""
+        iterator = getattr(self._loader, "_iterator", None)
+        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+        self._loader = None
+
     def order(self, epoch: int) -> Tensor:
         """int64 [N] on the CPU: the epoch's permutation of the samples."""
         return torch.randperm(self.samples, generator=torch.Generator().manual_seed(derive_seed(self.seed, epoch)))

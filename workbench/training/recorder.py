@@ -15,6 +15,15 @@ from workbench.errors import WorkbenchError
 _RESERVE = 1 << 16
 
 
+def say_failed(folder: Path, attempt: int, rank: int, event: events.Failed) -> None:
+    """Note why an attempt failed before there was a recorder for it."""
+    journal = storage.Journal(folder / "events" / f"rank-{rank:05d}.jsonl")
+    try:
+        journal.append(event.model_copy(update={"attempt": attempt}).model_dump_json(), durable=True)
+    finally:
+        journal.close()
+
+
 class Recorder:
     """Writer of one rank for one attempt.
 

@@ -7,14 +7,14 @@ import signal
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from workbench import events
+from workbench import events, launcher
 from workbench.artefact import save_model
 from workbench.data.batches import Batches, Shard, Target, derive_seed
 from workbench.data.splits import Splits, load_splits
@@ -29,7 +29,7 @@ from workbench.training.checkpoint import random_state, set_random_state
 from workbench.training.config import TrainConfig
 from workbench.training.control import Command, Control
 from workbench.training.precision import Precision
-from workbench.training.recorder import Recorder
+from workbench.training.recorder import Recorder, say_failed
 from workbench.training.trainer import Trainer
 
 
@@ -45,31 +45,42 @@ def execute(run: Run, attempt: int, *, data: Any = None, replay: list[tuple[int,
     Raises:
         WorkbenchError: whatever failed, in words.
     """
-    config: TrainConfig = run.config
-    with process_group(config.device) as world:
-        recorder = Recorder(run.path, attempt, world.rank)
-        control = Control(run.path, world, replay)
-        trainer: Trainer | None = None
+    rank = int(os.environ.get("RANK", 0))
+    recorder: Recorder | None = None
+    trainer: Trainer | None = None
+    config: TrainConfig | None = None
+    with ExitStack() as stack:
+        if rank == 0:
+            stack.callback(launcher.release, run.path, attempt)
         try:
+            config = run.config
+            world = stack.enter_context(process_group(config.device))
+            recorder = Recorder(run.path, attempt, world.rank)
+            stack.callback(recorder.close)
+            control = Control(run.path, world, replay)
+            stack.callback(control.close)
             with _flags(config), _interruptible(control):
                 trainer = _build(config, run, recorder, control, world, data)
+                stack.callback(trainer.batches.close)
                 trainer.fit()
                 _finish(trainer, run, recorder, world)
             return trainer
         except BaseException as error:
-            step = trainer.step if trainer else 0
-            said = in_words(error, config)
-            recorder_said = events.Failed(
-                step=step, error=type(said).__name__, message=str(said) or repr(said), traceback=traceback.format_exc()
+            said = in_words(error, config) if config is not None else error
+            failed = events.Failed(
+                step=trainer.step if trainer else 0,
+                error=type(said).__name__,
+                message=str(said) or repr(said),
+                traceback=traceback.format_exc(),
             )
             with suppress(WorkbenchError, OSError):
-                recorder.emit(recorder_said)
+                if recorder is not None:
+                    recorder.emit(failed)
+                else:
+                    say_failed(run.path, attempt, rank, failed)
             if said is error:
                 raise
             raise said from error
-        finally:
-            control.close()
-            recorder.close()
 
 
 def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, world: World, data: Any) -> Trainer:
@@ -187,6 +198,7 @@ def _flags(config: TrainConfig) -> Iterator[None]:
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     generators = random_state(device)
     benchmark, deterministic = torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -197,7 +209,7 @@ def _flags(config: TrainConfig) -> Iterator[None]:
     finally:
         set_random_state(generators, device)
         torch.backends.cudnn.benchmark = benchmark
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
 
 
