@@ -381,7 +381,18 @@ KINDS: Mapping[str, str] = {"train": "workbench.training.config:TrainConfig"}
 """Configs that a run folder may hold; a name outside this map is never imported."""
 
 
-def launch(config: Config, nproc: int = 1, *, model: nn.Module | None = None, root: str | os.PathLike[str] | None = None) -> Run:
+Replay = list[tuple[int, str, dict[str, float]]]
+"""Commands to apply after given steps, e.g. ``[(120, "set", {"lr": 0.01})]``, as ``repro.py`` gives them."""
+
+
+def launch(
+    config: Config,
+    nproc: int = 1,
+    *,
+    model: nn.Module | None = None,
+    root: str | os.PathLike[str] | None = None,
+    replay: Replay | None = None,
+) -> Run:
     """Start ``config`` in ``nproc`` fresh processes and return at once.
 
     The processes share nothing with this one: they outlive it, and it does not matter what it did with the accelerator.
@@ -391,13 +402,14 @@ def launch(config: Config, nproc: int = 1, *, model: nn.Module | None = None, ro
         nproc: processes on this machine, one per accelerator.
         model: train this module instead of building ``config.model``; it is stored in the run folder.
         root: parent of the run folder; by default ``WORKBENCH_RUNS``.
+        replay: commands to apply after given steps.
 
     Raises:
         RunError: the run folder cannot be made, or ``nproc`` is below 1.
     """
     if nproc < 1:
         raise RunError(f"nproc={nproc} must be at least 1.", "One process drives one accelerator.")
-    run: Run = load_object("workbench.training:prepare")(config, model=model, root=root)
+    run: Run = load_object("workbench.training:prepare")(config, model=model, root=root, replay=replay)
     launcher.spawn(run.path, nproc)
     return run
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench import launcher
 from workbench.errors import RunError
-from workbench.run import Run
+from workbench.run import Replay, Run
 from workbench.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def train(
     model: nn.Module | None = None,
     data: Any = None,
     root: str | os.PathLike[str] | None = None,
-    replay: list[tuple[int, str, dict[str, float]]] | None = None,
+    replay: Replay | None = None,
 ) -> TrainResult:
     """Train in this process, and return when done.
 
@@ -55,39 +55,46 @@ def train(
     Raises:
         WorkbenchError: in words; the run folder says the same.
     """
-    from workbench.training.control import Command
     from workbench.training.session import execute
 
-    run = prepare(config, model=model, root=root)
+    run = prepare(config, model=model, root=root, replay=replay)
     attempt = launcher.claim(run.path, 1)
-    commands = [(step, Command(name, settings)) for step, name, settings in replay or []]
-    trainer = execute(run, attempt, data=data, replay=commands)
+    trainer = execute(run, attempt, data=data)
     return TrainResult(run, trainer.model, trainer.metrics)
 
 
-def prepare(config: TrainConfig, *, model: nn.Module | None = None, root: str | os.PathLike[str] | None = None) -> Run:
+def prepare(
+    config: TrainConfig,
+    *,
+    model: nn.Module | None = None,
+    root: str | os.PathLike[str] | None = None,
+    replay: Replay | None = None,
+) -> Run:
     """A run folder, ready to be started.
 
     Args:
         config: what to train.
         model: stored in the folder as the model to start from.
         root: parent of the folder.
+        replay: commands to apply after given steps.
 
     Raises:
         RunError: a file that the config names is missing, or the model cannot be stored.
     """
     from workbench.training import repro
-    from workbench.training.session import copy_sources
+    from workbench.training.session import copy_sources, write_replay
 
     if not isinstance(config, TrainConfig):
         raise RunError(f"config is a {type(config).__name__}, not a TrainConfig.", "Build one: TrainConfig(data={'name': 'digits'}, …).")
     if model is not None:
-        config = config.override({"model.name": "source/model"})
+        config = config.override({"model.name": repro.MODEL})
     run = Run.create(config, label=config.title, root=root)
     copy_sources(config, run.path)
     if model is not None:
         from workbench.artefact import save_model
 
-        save_model(model, run.path / "source" / "model")
+        save_model(model, run.path / repro.MODEL)
+    if replay:
+        write_replay(run.path, replay)
     repro.write_code(run.path, config)
     return run

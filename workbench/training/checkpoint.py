@@ -41,7 +41,8 @@ def save(folder: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any]
     """
     final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
     if world.main:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for stale in folder.glob("*.tmp"):  # of a save that was killed
+            shutil.rmtree(stale, ignore_errors=True)
     barrier(world)
     try:
         with _alone_is_fine():
@@ -49,9 +50,12 @@ def save(folder: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any]
         if world.main:
             write_atomic(temporary / "trainer.json", json.dumps(facts))
             fsync_tree(temporary)
-            shutil.rmtree(final, ignore_errors=True)
+            replaced = folder / f"step-{step}.replaced.tmp"
+            if final.exists():
+                os.replace(final, replaced)
             os.replace(temporary, final)
             fsync_folder(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
             complete = sorted((p for p in folder.glob("step-*") if p.suffix != ".tmp"), key=lambda p: int(p.name[5:]))
             for old in complete[:-keep]:
                 # Renamed first, so that a kill in the middle leaves no folder that looks complete.
@@ -100,7 +104,7 @@ def check_owner(path: Path, *, trust: bool = False) -> None:
         return
     raise RunError(
         f"The checkpoint {path} belongs to another user, and opening one can run code.",
-        "Pass trust=True if you trust its author.",
+        "If you trust its author, copy the run folder (cp -r): the copy is yours.",
     )
 
 

@@ -63,6 +63,11 @@ class Control:
         """Post a command from within rank 0's own process."""
         self._found.append(Command(name, settings))
 
+    def skip_to(self, step: int) -> None:
+        """Forget what is to be repeated up to ``step``: the checkpoint that training goes on from has it."""
+        while self._replay and self._replay[0][0] <= step:
+            self._replay.popleft()
+
     def due(self, step: int) -> list[Command]:
         """Commands to apply now, after ``step``; the same on every rank."""
         replayed = []

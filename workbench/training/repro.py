@@ -16,24 +16,45 @@ from workbench.distributed import World
 from workbench.storage import write_atomic
 from workbench.training.config import TrainConfig
 
+MODEL = "source/model"
+"""Where a run folder keeps the module that a run was given."""
+_SOURCES = ("model.name", "data.name", "loss.name", "optim.name")
 _PACKAGES = ("workbench", "torch", "torchvision", "torchao", "torch-pruning", "timm", "numpy", "pandas", "scikit-learn")
 
 
 def code(config: TrainConfig, said: Iterable[events.Event] = (), nproc: int = 1) -> str:
-    """Python that repeats a run, the changes made while it ran included."""
-    changes = [
-        (event.step, event.name, dict(event.settings))
-        for event in said
-        if isinstance(event, events.CommandApplied) and event.name in ("set", "stop")
-    ]
-    replay = f", replay={changes!r}" if changes else ""
-    start = f"train(config{replay})" if nproc == 1 else f"launch(config, nproc={nproc})"
-    name = start.partition("(")[0]
-    return f"from workbench import TrainConfig, {name}\n\nconfig = {config.to_code()}\nresult = {start}\n"
+    """Python that repeats a run, the changes made while it ran included.
+
+    Files that the run was given are taken from its folder, which holds them as they were.
+    """
+    changes: list[tuple[int, str, dict[str, float]]] = []
+    for event in said:
+        if isinstance(event, events.AttemptStarted):
+            changes = [change for change in changes if change[1] != "stop"]  # it was resumed
+        elif isinstance(event, events.CommandApplied) and event.name in ("set", "stop"):
+            changes.append((event.step, event.name, dict(event.settings)))
+    kept = {name: value for name, value in config.flat().items() if name in _SOURCES and (kept_name(value) != value or value == MODEL)}
+    lines, replay = [], f", replay={changes!r}" if changes else ""
+    verb, more = ("train", "") if nproc == 1 else ("launch", f", nproc={nproc}")
+    if kept:
+        lines += ["from pathlib import Path", ""]
+    lines += [f"from workbench import TrainConfig, {verb}", ""]
+    if kept:
+        lines += ["here = Path(__file__).resolve().parent"]
+    lines += [f"config = {config.to_code()}"]
+    lines += [f'config = config.override({{"{name}": f"{{here}}/{kept_name(value)}"}})' for name, value in kept.items()]
+    lines += [f"result = {verb}(config{more}{replay})"]
+    return "\n".join(lines) + "\n"
 
 
-def write_code(folder: Path, config: TrainConfig, said: Iterable[events.Event] = ()) -> None:
-    write_atomic(folder / "repro.py", code(config, said))
+def kept_name(name: str) -> str:
+    """Where the run folder keeps the Python file that an import path names; other names as they are."""
+    location, colon, attribute = name.partition(":")
+    return f"source/{Path(location).name}{colon}{attribute}" if location.endswith(".py") else name
+
+
+def write_code(folder: Path, config: TrainConfig, said: Iterable[events.Event] = (), nproc: int = 1) -> None:
+    write_atomic(folder / "repro.py", code(config, said, nproc))
 
 
 def write_environment(folder: Path, world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -23,7 +24,8 @@ from workbench.errors import MemoryExhausted, ModelError, RunError, WorkbenchErr
 from workbench.losses import check_output, make_loss
 from workbench.models import build_model
 from workbench.probes import PROBES, Probe, ProbeSet
-from workbench.run import Run
+from workbench.run import Replay, Run
+from workbench.storage import write_atomic
 from workbench.training import decisions, repro
 from workbench.training.checkpoint import random_state, set_random_state
 from workbench.training.config import TrainConfig
@@ -57,7 +59,7 @@ def execute(run: Run, attempt: int, *, data: Any = None, replay: list[tuple[int,
             world = stack.enter_context(process_group(config.device))
             recorder = Recorder(run.path, attempt, world.rank)
             stack.callback(recorder.close)
-            control = Control(run.path, world, replay)
+            control = Control(run.path, world, read_replay(run.path) if replay is None else replay)
             stack.callback(control.close)
             with _flags(config), _interruptible(control):
                 trainer = _build(config, run, recorder, control, world, data)
@@ -166,7 +168,7 @@ def _finish(trainer: Trainer, run: Run, recorder: Recorder, world: World) -> Non
     trainer.model.eval()
     recorder.flush(durable=True)
     if world.main:
-        repro.write_code(run.path, trainer.config, run.events)
+        repro.write_code(run.path, trainer.config, run.events, world.size)
         if trainer.stopped and trainer.step < trainer.total_steps:
             recorder.emit(events.Stopped(step=trainer.step))
         else:
@@ -233,6 +235,17 @@ def _interruptible(control: Control) -> Iterator[None]:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def write_replay(folder: Path, replay: Replay) -> None:
+    """Keep the commands to repeat beside the run, for every process and attempt of it."""
+    write_atomic(folder / "replay.json", json.dumps(replay))
+
+
+def read_replay(folder: Path) -> list[tuple[int, Command]]:
+    path = folder / "replay.json"
+    pairs = json.loads(path.read_bytes()) if path.exists() else []
+    return [(step, Command(name, settings)) for step, name, settings in pairs]
 
 
 def copy_sources(config: TrainConfig, folder: Path) -> None:

@@ -145,6 +145,9 @@ class Trainer:
         applied = events.CommandApplied.model_validate(
             {"step": self.step, "id": command.id, "name": command.name, "settings": command.settings}
         )
+        if command.name == "set" and self._saved == self.step:
+            self._saved = -1  # the checkpoint of this step was written before the change
+            self.save()
         self._emit(applied)
         match command.name:
             case "save":
@@ -215,6 +218,7 @@ class Trainer:
         facts = checkpoint.read_facts(path)
         extra = checkpoint.restore(path, self.model, self.optimizer, self._extra(), self.world)
         self.step = self._saved = facts["step"]
+        self.control.skip_to(self.step)
         self.schedule.scale, self.metrics = facts["lr_scale"], facts["metrics"]
         if self.clipper is not None and "clipper" in extra:
             self.clipper.state = extra["clipper"].to(self.world.device)
