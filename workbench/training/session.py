@@ -24,6 +24,7 @@ from workbench.errors import MemoryExhausted, ModelError, RunError, WorkbenchErr
 from workbench.losses import check_output, make_loss
 from workbench.models import build_model
 from workbench.probes import PROBES, Probe, ProbeSet
+from workbench.registry import find_source
 from workbench.run import Replay, Run
 from workbench.storage import write_atomic
 from workbench.training import decisions, repro
@@ -35,14 +36,13 @@ from workbench.training.recorder import Recorder, say_failed
 from workbench.training.trainer import Trainer
 
 
-def execute(run: Run, attempt: int, *, data: Any = None, replay: list[tuple[int, Command]] | None = None) -> Trainer:
+def execute(run: Run, attempt: int, *, data: Any = None) -> Trainer:
     """Carry out attempt number ``attempt`` at a run, in this process as one rank of its group.
 
     Every way it can end is said in the run folder: finished, stopped, or failed with the error in words.
 
     Args:
         data: splits or torch datasets in place of the config's data.
-        replay: commands to apply after given steps.
 
     Raises:
         WorkbenchError: whatever failed, in words.
@@ -59,7 +59,7 @@ def execute(run: Run, attempt: int, *, data: Any = None, replay: list[tuple[int,
             world = stack.enter_context(process_group(config.device))
             recorder = Recorder(run.path, attempt, world.rank)
             stack.callback(recorder.close)
-            control = Control(run.path, world, read_replay(run.path) if replay is None else replay)
+            control = Control(run.path, world, read_replay(run.path))
             stack.callback(control.close)
             with _flags(config), _interruptible(control):
                 trainer = _build(config, run, recorder, control, world, data)
@@ -86,6 +86,8 @@ def execute(run: Run, attempt: int, *, data: Any = None, replay: list[tuple[int,
 
 
 def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, world: World, data: Any) -> Trainer:
+    # As the run was given them, however the originals changed since.
+    config = config.override({f"{part}.name": find_source(getattr(config, part).name, run.path) for part in ("loss", "optim")})
     decided = decisions.Decisions(run.resolved)
     splits = load_splits(config.data, data, root=run.path)
     precision = Precision(decisions.decide_precision(config, world.device, decided), world.device)
@@ -168,7 +170,7 @@ def _finish(trainer: Trainer, run: Run, recorder: Recorder, world: World) -> Non
     trainer.model.eval()
     recorder.flush(durable=True)
     if world.main:
-        repro.write_code(run.path, trainer.config, run.events, world.size)
+        repro.write_code(run.path, run.config, run.events, world.size)
         if trainer.stopped and trainer.step < trainer.total_steps:
             recorder.emit(events.Stopped(step=trainer.step))
         else:
