@@ -33,7 +33,7 @@ demo: $(INSTALLED)  ## train, prune, quantize and compare: runs the quickstart n
 	@mkdir -p $(OUT)/demo
 	@echo "Running $(QUICKSTART), about a minute ..."
 	@WORKBENCH_RUNS="$(CURDIR)/$(OUT)/demo/runs" $(BIN)/papermill --no-progress-bar --log-level WARNING --cwd $(OUT)/demo \
-		$(QUICKSTART) $(OUT)/demo/01_quickstart.ipynb
+		$(QUICKSTART) $(OUT)/demo/01_quickstart.ipynb 2>$(OUT)/demo/log.txt || { cat $(OUT)/demo/log.txt; exit 1; }
 	@$(BIN)/python -c "import nbformat; cell = nbformat.read('$(OUT)/demo/01_quickstart.ipynb', 4).cells[-1]; \
 		print(*(o.text for o in cell.outputs if o.output_type == 'stream'), sep='', end='')"
 	@echo "The executed notebook: $(OUT)/demo/01_quickstart.ipynb"

@@ -10,10 +10,11 @@ Importing this module imports neither torch nor pandas: each command imports wha
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from workbench.run import Run
@@ -33,8 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command: Command = parsed.command
         return command(parsed)
     except WorkbenchError as error:
-        if logs.logging.getLogger("workbench").isEnabledFor(logs.logging.DEBUG):
-            logs.logging.getLogger("workbench").exception("the command failed")
+        logging.getLogger("workbench").debug("the command failed", exc_info=True)
         print(f"workbench: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except BrokenPipeError:  # `workbench runs | head`
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for name in ("show", "follow", "stop", "pause", "resume", "report"):
         parsers[name].add_argument("run", metavar="RUN", help="the run's folder, its name, or the start of its name")
-    setting = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
+    setting: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
     parsers["train"].add_argument("--config", type=Path, metavar="FILE", help="settings as YAML; by default the defaults")
     parsers["train"].add_argument("--set", **setting, help="change a setting, e.g. optim.lr=1e-3; may be repeated")
     parsers["train"].add_argument("--nproc", type=_positive, default=1, metavar="N", help="processes, one an accelerator (1)")

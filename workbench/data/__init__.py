@@ -12,6 +12,7 @@ _EXPORTS = {
     "load_splits": "workbench.data.splits",
     "Batches": "workbench.data.batches",
     "Shard": "workbench.data.batches",
+    "load_batches": "workbench.data.loading",
 }
 
 __all__ = [*_EXPORTS]
@@ -19,6 +20,7 @@ __all__ = [*_EXPORTS]
 if TYPE_CHECKING:
     from workbench.data.batches import Batches, Shard
     from workbench.data.config import DataConfig
+    from workbench.data.loading import load_batches
     from workbench.data.splits import Arrays, Splits, load_splits
 
 
