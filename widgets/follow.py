@@ -41,9 +41,12 @@ class Follower:
         return self._thread.is_alive()
 
     def close(self) -> None:
-        """Stop watching: nothing is handed over any more once this returns."""
+        """Stop watching; the thread ends within one look."""
         self._closed.set()
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
+
+    def join(self) -> None:
+        """Wait until nothing is handed over any more. The caller holds no lock that the callbacks take."""
+        if self._thread is not threading.current_thread():
             self._thread.join(5)
 
     def _watch(self) -> None:

@@ -170,7 +170,8 @@ function render({ model, el }) {
       input.wbSignal = ending.signal;
       let timer;
       const commit = () => { clearTimeout(timer); edit(spec.path, input.value); };
-      input.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(commit, 150); });
+      // A half-typed name is no name: names are checked once chosen or left, numbers as they are typed.
+      if (!spec.choices) input.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(commit, 150); });
       input.addEventListener("change", commit);
       show = (raw) => { input.value = raw ?? ""; };
       if (spec.control === "number") {
@@ -292,7 +293,15 @@ function render({ model, el }) {
   // With a choice at the top, everything else is one fold, so that the form is as short as what people change.
   const folded = taken.size && rest.length ? [fold(":all", "all settings", "Everything else that can be set", rest)] : rest;
   const general = node("div", { class: "problem general", role: "status" });
-  el.append(top, node("div", { class: "fields rest" }, ...folded), general);
+  const about = node("div", { class: "about", "aria-hidden": "true" }, schema.help);
+  const tell = (event) => {
+    const box = (event?.target ?? document.activeElement).closest?.(".field, .group");
+    const spec = box && el.contains(box) ? find(schema, box.dataset.path ?? box.dataset.group) : null;
+    about.textContent = spec ? `${spec.path}: ${spec.help}` : schema.help;
+  };
+  for (const event of ["focusin", "mouseover"]) el.addEventListener(event, tell);
+  el.addEventListener("mouseleave", () => tell());
+  el.append(top, node("div", { class: "fields rest" }, ...folded), general, about);
 
   const refreshChanged = () => {
     for (const control of controls.values()) control.box.classList.toggle("changed", control.changed());

@@ -36,9 +36,10 @@ class Panel:
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._owned: list[ipywidgets.Widget] = []
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
         self._view: ipywidgets.Widget | None = None
+        self._listeners: list[Callable[[Run], None]] = []
         self._code_view: CodeView | None = None
 
     # -- what a user meets -----------------------------------------------------------------------------------------
@@ -56,10 +57,14 @@ class Panel:
         """The Python that the panel's button runs."""
         return ""
 
+    def on_run(self, listener: Callable[[Run], None]) -> None:
+        """Call ``listener`` whenever the panel turns to another run."""
+        self._listeners.append(listener)
+
     def close(self) -> None:
         """Close the widgets and end the threads. Runs go on: they live in processes of their own."""
         self._closed.set()
-        self._jobs.put(None)
+        self._queue.put(None)
         with self._lock:
             owned, self._owned = self._owned, []
         for widget in reversed(owned):
@@ -83,6 +88,10 @@ class Panel:
 
     def _summary(self) -> Html:
         return tag("b", self.title) + tag("pre", self.code)
+
+    def _turned(self, run: Run) -> None:
+        for listener in self._listeners:
+            listener(run)
 
     def _own(self, widget: W) -> W:
         with self._lock:
@@ -115,10 +124,10 @@ class Panel:
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, name=f"{type(self).__name__}-worker", daemon=True)
                 self._worker.start()
-        self._jobs.put(job)
+        self._queue.put(job)
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None and not self._closed.is_set():
+        while (job := self._queue.get()) is not None and not self._closed.is_set():
             job()
 
 

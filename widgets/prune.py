@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from widgets.compress import CompressPanel, preamble
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from widgets.action import ActionPanel, preamble
+from widgets.job import Job
+from widgets.markup import Html, button
 from workbench.compress.config import PruneConfig
 from workbench.run import Run
 
 
-class PrunePanel(CompressPanel):
+class PrunePanel(ActionPanel):
     """Remove channels from a trained model, and see what that costs.
 
     Example:
@@ -16,14 +22,35 @@ class PrunePanel(CompressPanel):
 
     title = "Prune"
     verb = "prune"
+    store = "variants"
     config_class = PruneConfig
     empty = "A pruned model appears here, beside the original."
 
+    def __init__(self, run: Run | None = None, config: PruneConfig | None = None) -> None:
+        super().__init__(run, config)
+        self._on_tune: Callable[[Path], None] | None = None
+
+    def on_tune(self, listener: Callable[[Path], None]) -> None:
+        """Offer to train a pruned model further: ``listener`` is given its folder."""
+        self._on_tune = listener
+
     def _code_for(self, run: Run, config: PruneConfig, name: str) -> str:
-        return preamble(run, "save_model", "PruneConfig", "prune") + (
+        return preamble(run, ("PruneConfig", "prune", "save_model")) + (
             "model = run.load_model()\n"
             f"pruned = prune(model, {config.to_code()}, held_out[0])\n"
             f'folder = save_model(pruned, run.path / "variants" / {name!r})\n'
             'comparison = compare({"original": model, "pruned": pruned}, held_out, CompareConfig(compile=False, seconds=5))\n'
             'comparison.to_html(folder / "comparison.html")\n'
         )
+
+    def _handlers(self) -> dict[str, Any]:
+        return super()._handlers() | {"tune": self._tune}
+
+    def _action(self, job: Job) -> Html | None:
+        if self._on_tune is not None and job.status == "finished":
+            return button("Fine-tune", "tune", value=job.folder.name, title="Train this model further")
+        return super()._action(job)
+
+    def _tune(self, value: Any, _values: Mapping[str, Any]) -> None:
+        if self._on_tune is not None and (job := self._job(value)) is not None:
+            self._on_tune(job.folder)

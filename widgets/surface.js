@@ -46,12 +46,13 @@ function render({ model, el }) {
   update();
   model.on("change:html", update);
 
-  model.on("msg:custom", (message) => {
+  const receive = (message) => {
     if (typeof message.page !== "string") return;
     const address = URL.createObjectURL(new Blob([message.page], { type: "text/html" }));
     window.open(address, "_blank", "noopener");
     setTimeout(() => URL.revokeObjectURL(address), 60_000);
-  });
+  };
+  model.on("msg:custom", receive);
 
   // Inputs named by data-with travel with the action, so Python keeps no copy of what is being typed.
   const send = (target) => {
@@ -93,7 +94,10 @@ function render({ model, el }) {
     const value = target.type === "checkbox" ? target.checked : target.value;
     timer = setTimeout(() => model.send({ action: target.dataset.input, value, values: {} }), target.matches("[type=search]") ? 120 : 0);
   });
-  return () => model.off("change:html", update);
+  return () => {
+    model.off("change:html", update);
+    model.off("msg:custom", receive);
+  };
 }
 
 export default { render };

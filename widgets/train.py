@@ -65,7 +65,6 @@ class TrainPanel(Panel):
         self._form: Form[TrainConfig] | None = None
         self._error, self._busy = Html(), ""
         self._follower: Follower | None = None
-        self._listeners: list[Callable[[Run], None]] = []
 
     # -- what a user meets -----------------------------------------------------------------------------------------
 
@@ -105,25 +104,23 @@ class TrainPanel(Panel):
 
     def attach(self, run: Run) -> None:
         """Follow ``run`` from its first step."""
-        if self._follower is not None:
-            self._follower.close()
+        self._unfollow()
         with self._lock:
             self.run = run
             if self._view is None:
                 return
             self._clear()
             self._follower = Follower(run, self._on_events, self._on_look).start()
-        for listener in self._listeners:
-            listener(run)
-
-    def on_run(self, listener: Callable[[Run], None]) -> None:
-        """Call ``listener`` whenever the panel turns to another run."""
-        self._listeners.append(listener)
+        self._turned(run)
 
     def close(self) -> None:
+        self._unfollow()
+        super().close()
+
+    def _unfollow(self) -> None:
         if self._follower is not None:
             self._follower.close()
-        super().close()
+            self._follower.join()
 
     # -- widgets ---------------------------------------------------------------------------------------------------
 

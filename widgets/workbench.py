@@ -43,7 +43,6 @@ class Workbench(Panel):
         self.train.on_run(self._select)
         self.panels: dict[str, Any] = {"Train": self.train}
         self.run: Run | None = self.train.run
-        self._shown_run: dict[str, Run | None] = {"Train": self.run}
 
     @property
     def code(self) -> str:
@@ -51,13 +50,12 @@ class Workbench(Panel):
         return str(getattr(panel, "code", ""))
 
     def open(self, tab: str) -> Any:
-        """Turn to a panel; the panel."""
+        """Turn to a panel; the panel, None when it needs a run and there is none."""
         with self._lock:
             self.tab = tab
             panel = self.panels.get(tab) or self._make(tab)
-            if self.run is not None and self._shown_run.get(tab) is not self.run and tab != "Runs":
-                panel = self._give(tab, panel, self.run)
-            self.panels[tab] = panel
+            if panel is not None and self.run is not None and tab != "Runs" and not _same(panel.run, self.run):
+                (panel.open if tab == "Inspect" else panel.attach)(self.run)
             if self._view is not None:
                 self._page.children = [_view(panel) if panel is not None else self._nothing]
                 self._nav.html = self._nav_html()
@@ -70,8 +68,7 @@ class Workbench(Panel):
 
     def close(self) -> None:
         for panel in self.panels.values():
-            if panel is not None:
-                panel.close()
+            panel.close()
         super().close()
 
     # -- widgets ---------------------------------------------------------------------------------------------------
@@ -114,38 +111,24 @@ class Workbench(Panel):
     # -- panels ----------------------------------------------------------------------------------------------------
 
     def _make(self, tab: str) -> Any:
-        if tab == "Runs":
-            from widgets.runs import RunList
-
-            return RunList(on_open=self._reopen)
-        if tab == "Inspect":
+        if tab == "Inspect" and self.run is None:
             return None
-        made = _panels()[tab](self.run)
-        self._shown_run[tab] = made.run
-        if hasattr(made, "on_tune"):
-            made.on_tune(self._tune)
-        return made
-
-    def _give(self, tab: str, panel: Any, run: Run) -> Any:
-        """``panel`` turned to ``run``. An Inspector belongs to one run, so it is made anew."""
-        self._shown_run[tab] = run
-        if tab != "Inspect":
-            panel.attach(run)
-            return panel
-        from widgets.inspector import Inspector
-
-        if panel is not None:
-            panel.close()
-        return Inspector(run)
+        panel = self.panels[tab] = _makers(self._reopen)[tab](self.run)
+        if isinstance(panel, Panel):
+            panel.on_run(self._select)
+        if hasattr(panel, "on_tune"):
+            panel.on_tune(self._tune)
+        return panel
 
     def _select(self, run: Run) -> None:
         self.run = run
-        self._shown_run["Train"] = self.train.run
         if self._view is not None:
             self._nav.html = self._nav_html()
 
     def _reopen(self, run: Run) -> None:
+        """A run from the list: followed, and its config in the form, so that Start repeats it."""
         self._select(run)
+        self.train.config = run.config
         self.open("Train")
 
     def _tune(self, folder: Path) -> None:
@@ -160,12 +143,19 @@ class Workbench(Panel):
         self._do(work, self._failed)
 
 
-def _panels() -> dict[str, Callable[[Run | None], Any]]:
+def _makers(reopen: Callable[[Run], None]) -> dict[str, Callable[[Run | None], Any]]:
     from widgets.compare import ComparePanel
+    from widgets.inspector import Inspector
     from widgets.prune import PrunePanel
     from widgets.quantize import QuantizePanel
+    from widgets.runs import RunList
 
-    return {"Prune": PrunePanel, "Quantize": QuantizePanel, "Compare": ComparePanel}
+    made: dict[str, Callable[[Run | None], Any]] = {"Inspect": Inspector, "Prune": PrunePanel, "Quantize": QuantizePanel}
+    return made | {"Compare": ComparePanel, "Runs": lambda run: RunList(on_open=reopen)}
+
+
+def _same(one: Run | None, other: Run | None) -> bool:
+    return one is not None and other is not None and one.path == other.path
 
 
 def _view(panel: Any) -> ipywidgets.Widget:

@@ -95,3 +95,67 @@ def test_training_survives_the_kernel(lab: Any) -> None:
     book.screenshot("train-stopped-light")
     # The views of the kernel that was restarted cannot reach it any more, and say so.
     assert not [error for error in errors if error != "Cannot send"]
+
+
+def test_the_whole_workbench(lab: Any) -> None:
+    lab.notebook("bench.ipynb", "from widgets import Workbench\nbench = Workbench()\nbench")
+    book = lab.open("bench.ipynb")
+    page = book.page
+    book.run_all()
+    tabs = page.locator(".wb-nav")
+    tabs.wait_for()
+
+    # a wrong setting: said beside the field, and Start is off
+    epochs = page.get_by_role("textbox", name="epochs", exact=True)
+    epochs.fill("many")
+    page.get_by_text("'many' is not a whole number.", exact=True).wait_for()
+    assert epochs.get_attribute("aria-invalid") == "true"
+    assert page.get_by_role("button", name="Start training").is_disabled()
+    epochs.fill("2")
+    wait_until(lambda: page.get_by_role("button", name="Start training").is_enabled())
+
+    # a name is chosen from the list, by keyboard
+    model = page.get_by_role("combobox", name="model", exact=True)
+    model.click()
+    model.fill("convn")
+    page.get_by_role("option", name="convnet", exact=True).wait_for()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    wait_until(lambda: book.result("bench.train.config.model.name") == "'convnet'")
+
+    # what is copied is the code, and the code is the config
+    page.get_by_role("button", name="Copy").click()
+    page.get_by_role("button", name="Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == page.evaluate("document.querySelector('.wb-code pre').textContent")
+    assert book.result("bench.code == bench.train.code and 'epochs=2' in bench.code") == "True"
+
+    # a click that leaves a field still starts the run; one finished run serves the other panels
+    page.get_by_role("textbox", name="epochs", exact=True).fill("1")
+    page.get_by_role("button", name="Start training").click()
+    wait_for_status(book, "finished", timeout=90)
+    book.screenshot("bench-train-light")
+
+    for name in ("Inspect", "Prune", "Quantize", "Compare", "Runs"):
+        tabs.get_by_role("tab", name=name).click()
+        page.locator(f"[role=tab][data-value={name}][aria-selected=true]").wait_for()
+        page.wait_for_timeout(700)
+        for theme in ("light", "dark"):
+            book.theme(theme)
+            book.screenshot(f"bench-{name.lower()}-{theme}")
+    book.theme("light")
+    page.get_by_role("searchbox", name="Filter runs").fill("convnet")
+    wait_until(lambda: page.locator(".wb-runs tbody tr").count() == 1)
+    page.locator(".wb-runs tbody tr").first.click()
+    wait_for_status(book, "finished")
+    assert not book.errors
+    book.ask("bench.close()")
+
+
+def test_copying_without_the_clipboard(lab: Any) -> None:
+    lab.notebook("copy.ipynb", "from widgets.code import CodeView\nCodeView('x = 1  # one')")
+    book = lab.open("copy.ipynb")
+    book.page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('denied')) }")
+    book.run_all()
+    book.page.get_by_role("button", name="Copy").click()
+    book.page.get_by_role("button", name="Copied").wait_for()
+    assert book.page.evaluate("navigator.clipboard.readText()") == "x = 1  # one"
