@@ -53,18 +53,25 @@ def compare(
         forms = list(forms_of(loaded, config))
         scores = _scores(forms, first, batches)
         latencies = _latencies(forms, first[0], config)
-        conditions = {
+        conditions: dict[str, Any] = {
             "cpu": _cpu(),
             "threads": torch.get_num_threads(),
             "batch": len(first[0]),
             "samples": scores[0].samples,
             "rounds": len(latencies[0][1]),
+            "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
             "torch": torch.__version__,
         }
     finally:
         torch.set_num_threads(threads)
     measurements = _measurements(loaded, forms, scores, latencies)
-    return Comparison(measurements, list(warnings_of(loaded, forms, scores, latencies, measurements)), conditions)
+    warnings = list(warnings_of(loaded, forms, scores, latencies, measurements))
+    if conditions["load"] > 1.5 * (os.cpu_count() or 1):
+        warnings.append(
+            f"Others kept this machine busy (load {conditions['load']:.1f} on {os.cpu_count()} cores): "
+            "ratios hold better than milliseconds; measure again when it is quiet."
+        )
+    return Comparison(measurements, warnings, conditions)
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

@@ -209,6 +209,6 @@ def _bytes(count: int) -> str:
 def _note(comparison: Comparison) -> str:
     c = {"cpu": "CPU", "samples": 0, "threads": "?", "torch": "?", "rounds": "?", **comparison.conditions}
     return (
-        f"{c['samples']:,} samples; {c['cpu']}, {c['threads']} threads, PyTorch {c['torch']}; medians of {c['rounds']} calls, "
+        f"{c['samples']:,} samples; {c['cpu']}, {c['threads']} thread(s), PyTorch {c['torch']}; medians of {c['rounds']} calls, "
         "taken in turns. Size and speed (at batch 1) are against the first variant, in the like form."
     )
