@@ -11,15 +11,16 @@ configure and describe every field with its unit; the faces are all derived from
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from workbench.errors import ConfigError, nearest
 
@@ -37,6 +38,27 @@ def hint(*, log: bool = False, choices: str = "", advanced: bool = False, step: 
     """
     pairs = {"log": log, "choices": choices, "advanced": advanced, "step": step}
     return {key: value for key, value in pairs.items() if value}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{value} is not a finite number")
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        for name in value:
+            if not isinstance(name, str):
+                raise ValueError(f"the name {name!r} is not text")
+        return {name: _plain(item) for name, item in value.items()}
+    raise ValueError(f"{value!r} cannot be written to a file: take numbers, text, lists and groups of them")
+
+
+Arguments = Annotated[dict[str, Any], AfterValidator(_plain)]
+"""Keyword arguments of a plug-in: what YAML holds, so that every face of a config says the same. Tuples become lists."""
 
 
 class Config(BaseModel):
@@ -85,7 +107,7 @@ class Config(BaseModel):
 
     def to_yaml(self, path: str | os.PathLike[str] | None = None) -> str:
         """Every setting as YAML; written to ``path`` too when given."""
-        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        text = yaml.dump(self.model_dump(mode="json"), Dumper=_Yaml12Dumper, sort_keys=False, allow_unicode=True)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
@@ -124,9 +146,14 @@ class _Yaml12(yaml.SafeLoader):
     """SafeLoader that reads ``1e-3`` as a number, as YAML 1.2 does (1.1 wants ``1.0e-3``)."""
 
 
-_Yaml12.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
-)
+class _Yaml12Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes the text ``"1e-3"``, which :class:`_Yaml12` would else read as a number."""
+
+
+for _class in (_Yaml12, _Yaml12Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
+    )
 
 
 def load_yaml(text: str, origin: str = "text") -> Any:

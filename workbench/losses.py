@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from workbench.config import Config, hint
+from workbench.config import Arguments, Config, hint
 from workbench.errors import ModelError
 from workbench.registry import Registry
 
@@ -30,7 +30,7 @@ class LossConfig(Config):
     """The loss that training minimizes."""
 
     name: str = Field("cross_entropy", description="A registered loss or an import path.", json_schema_extra=hint(choices="losses"))
-    args: dict[str, Any] = Field({}, description="Keyword arguments, e.g. {label_smoothing: 0.1}.", json_schema_extra=hint(advanced=True))
+    args: Arguments = Field({}, description="Keyword arguments, e.g. {label_smoothing: 0.1}.", json_schema_extra=hint(advanced=True))
 
     @field_validator("name")
     @classmethod

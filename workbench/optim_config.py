@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
-from workbench.config import Config, hint
+from workbench.config import Arguments, Config, hint
 from workbench.registry import Registry
 
 OPTIMIZERS = Registry(
@@ -33,7 +33,7 @@ class OptimConfig(Config):
     weight_decay: float = Field(5e-4, ge=0, description="Weight decay of matrices and kernels, as the optimizer defines it.", json_schema_extra=hint(log=True))
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum (Nesterov's) of sgd and rmsprop.")
     decay_vectors: bool = Field(False, description="Also decay biases and normalization parameters.", json_schema_extra=hint(advanced=True))
-    args: dict[str, Any] = Field({}, description="Further keyword arguments of the optimizer.", json_schema_extra=hint(advanced=True))
+    args: Arguments = Field({}, description="Further keyword arguments of the optimizer.", json_schema_extra=hint(advanced=True))
 
     @field_validator("name")
     @classmethod

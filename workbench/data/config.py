@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
-from workbench.config import Config, hint
+from workbench.config import Arguments, Config, hint
 from workbench.errors import unknown
 from workbench.registry import Registry
 
@@ -39,7 +39,7 @@ class DataConfig(Config):
     )
     workers: int = Field(2, ge=0, description="Loader processes per rank; unused when the data lies on the device.", json_schema_extra=hint(advanced=True))
     limit: int | None = Field(None, ge=1, description="Use only the first so many training samples.", json_schema_extra=hint(advanced=True))
-    args: dict[str, Any] = Field({}, description="Keyword arguments of the data set's loader.", json_schema_extra=hint(advanced=True))
+    args: Arguments = Field({}, description="Keyword arguments of the data set's loader.", json_schema_extra=hint(advanced=True))
 
     @field_validator("name")
     @classmethod
