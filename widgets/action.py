@@ -26,17 +26,12 @@ PERIOD = 0.5
 """Seconds between two looks at a job that runs."""
 
 PREAMBLE = """\
-import torch
-
 from workbench import {names}
 from workbench.comparison import CompareConfig
-from workbench.data import Batches, Shard, load_splits
-from workbench.data.batches import Target
+from workbench.data import load_batches
 
 run = {open}
-data = run.config.data
-batches = Batches(load_splits(data, root=run.path), data, Shard(), Target(torch.device("cpu")), run.config.seed)
-held_out = [(x[:count], y[:count]) for x, y, count in batches.evaluation()]
+held_out = load_batches(run.config.data, root=run.path)
 """
 
 
@@ -229,7 +224,7 @@ def trained() -> list[Run]:
 
 
 def preamble(run: Run, names: Iterable[str]) -> str:
-    """Imports, ``run``, its batches and those that are held out."""
+    """Imports, ``run`` and its held-out batches."""
     return PREAMBLE.format(names=", ".join(sorted({"Run", "compare", *names})), open=open_code(run))
 
 

@@ -6,9 +6,7 @@ from widgets.action import ActionPanel, preamble
 from workbench.compress.config import QuantConfig
 from workbench.run import Run
 
-CALIBRATION = """\
-calibration = [batch for _, step in zip(range(8), batches.epoch(0)) for batch in step]  # training samples
-"""
+CALIBRATION = 'calibration = load_batches(run.config.data, "train", root=run.path)\n'
 
 
 class QuantizePanel(ActionPanel):

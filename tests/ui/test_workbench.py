@@ -124,8 +124,8 @@ def test_the_whole_workbench(lab: Any) -> None:
     wait_until(lambda: book.result("bench.train.config.model.name") == "'convnet'")
 
     # what is copied is the code, and the code is the config
-    page.get_by_role("button", name="Copy").click()
-    page.get_by_role("button", name="Copied").wait_for()
+    page.locator(".wb-code button").click()
+    page.get_by_role("button", name="Copied", exact=True).wait_for()
     assert page.evaluate("navigator.clipboard.readText()") == page.evaluate("document.querySelector('.wb-code pre').textContent")
     assert book.result("bench.code == bench.train.code and 'epochs=2' in bench.code") == "True"
 
@@ -156,6 +156,6 @@ def test_copying_without_the_clipboard(lab: Any) -> None:
     book = lab.open("copy.ipynb")
     book.page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('denied')) }")
     book.run_all()
-    book.page.get_by_role("button", name="Copy").click()
-    book.page.get_by_role("button", name="Copied").wait_for()
+    book.page.locator(".wb-code button").click()
+    book.page.get_by_role("button", name="Copied", exact=True).wait_for()
     assert book.page.evaluate("navigator.clipboard.readText()") == "x = 1  # one"
