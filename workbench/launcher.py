@@ -120,18 +120,25 @@ def claim(folder: Path, nproc: int) -> int:
         RunError: another process is at it.
     """
     with _locked(folder / "attempts"):
-        latest = Attempt.latest(folder)
-        if latest is not None and latest.ended is None:
-            heartbeat = Heartbeat.read(folder)
-            carrier = heartbeat.process if heartbeat is not None and heartbeat.attempt == latest.number else latest.process
-            if carrier != Process.current() and carrier.alive():
-                raise RunError(
-                    f"The process {carrier.pid} is at the run {folder.name}.", "Open it with Run.open to follow it, or stop it first."
-                )
+        carrier = at_work(folder)
+        if carrier is not None and carrier != Process.current():
+            raise RunError(
+                f"The process {carrier.pid} is at the run {folder.name}.", "Open it with Run.open to follow it, or stop it first."
+            )
         taken = [int(path.stem) for path in (folder / "attempts").glob("*.json")]
         number = max(taken, default=0) + 1
         record(folder, number, nproc, Process.current())
     return number
+
+
+def at_work(folder: Path) -> Process | None:
+    """The process on this host that carries the run at present, None when there is none."""
+    latest = Attempt.latest(folder)
+    if latest is None or latest.ended is not None:
+        return None
+    heartbeat = Heartbeat.read(folder)
+    carrier = heartbeat.process if heartbeat is not None and heartbeat.attempt == latest.number else latest.process
+    return carrier if carrier.alive() else None
 
 
 def release(folder: Path, number: int) -> None:

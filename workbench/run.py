@@ -362,6 +362,9 @@ class Run:
             self.command("resume")
         elif status in ("stopped", "failed", "lost", "created"):
             last = launcher.Attempt.latest(self.path)
+            patience = time.monotonic() + 10  # ranks that have said their last word take a moment to part
+            while status in ("stopped", "failed") and launcher.at_work(self.path) and time.monotonic() < patience:
+                time.sleep(0.05)
             if status == "lost" and last is not None and last.process.alive():
                 launcher.terminate(last.process)  # torchrun, whose rank 0 is gone: the other ranks must not write on
             launcher.spawn(self.path, nproc or (last.nproc if last else 1))

@@ -94,9 +94,7 @@ class Batches:
 
     def close(self) -> None:
         """End the loader's processes now, not when the last reference goes (an error's traceback may hold one for long)."""
-        iterator = getattr(self._loader, "_iterator", None)
-        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
+        _end(getattr(self._loader, "_iterator", None))
         self._loader = None
 
     def order(self, epoch: int) -> Tensor:
@@ -189,8 +187,12 @@ class Batches:
             collate_fn=_collate,
             generator=torch.Generator(),
         )
-        for x, y in _moved(iter(loader), self.target.device):
-            yield (self._normalize(x) if isinstance(x, Tensor) and x.dtype == torch.uint8 and x.ndim == 4 else x), y, len(y)
+        read = iter(loader)
+        try:
+            for x, y in _moved(read, self.target.device):
+                yield (self._normalize(x) if isinstance(x, Tensor) and x.dtype == torch.uint8 and x.ndim == 4 else x), y, len(y)
+        finally:
+            _end(read)
 
 
 def load_batches(
@@ -299,6 +301,12 @@ def _moved(loader: Iterator[Any], device: torch.device) -> Iterator[Batch]:
         ahead = copied
     if ahead is not None:
         yield _handed_over(ahead, stream)
+
+
+def _end(iterator: Any) -> None:
+    """End a loader's processes, if it has any."""
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
 
 
 def _handed_over(batch: Any, stream: torch.cuda.Stream) -> Batch:
