@@ -81,7 +81,7 @@ function render({ model, el, signal, store }) {
     await Plotly.react(plot, data, layout, CONFIG);
     drawn = true;
   };
-  const painter = new Painter(root, draw, { signal, report: (times) => model.send({ kind: "drawn", times }) });
+  const painter = new Painter(root, draw, { signal, report: (times) => tell(model, { kind: "drawn", times }) });
   const touch = () => painter.touch("chart");
   store.listeners.add(touch);
   signal.addEventListener("abort", () => {

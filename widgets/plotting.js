@@ -100,6 +100,15 @@ class Store {
   }
 }
 
+// A message to the kernel; after a restart an old view has nobody to tell.
+function tell(model, content) {
+  try {
+    model.send(content);
+  } catch (error) {
+    console.debug("[workbench] no kernel to tell", error);
+  }
+}
+
 // Keeps a model's store up to date; asks the kernel for the whole when this page is new or missed a message.
 function follow(model) {
   const store = new Store();
@@ -107,7 +116,7 @@ function follow(model) {
   const ask = () => {
     if (asked && performance.now() - asked < 1000) return;
     asked = performance.now();
-    model.send({ kind: "hello" });
+    tell(model, { kind: "hello" });
   };
   model.on("msg:custom", (content, buffers) => {
     if (content.kind === "frame" && !store.receive(content, buffers)) ask();

@@ -25,7 +25,13 @@ Curve = tuple[np.ndarray, np.ndarray, int]
 
 
 def chart(
-    curves: Mapping[str, Curve], *, x_title: str = "step", log_y: bool = False, height: int = 220, points: int = 200
+    curves: Mapping[str, Curve],
+    *,
+    x_title: str = "step",
+    log_y: bool = False,
+    from_zero: bool = False,
+    height: int = 220,
+    points: int = 200,
 ) -> str:
     """Curves (x, y, axis 1 or 2) as SVG; "nothing recorded" when all are empty."""
     known = {n: (np.asarray(x), np.asarray(y, dtype="f8"), a) for n, (x, y, a) in curves.items() if len(x)}
@@ -40,7 +46,7 @@ def chart(
         values = np.concatenate([_scaled(y, logged) for _, y, a in known.values() if a == axis] or [np.zeros(0)])
         finite = values[np.isfinite(values)]
         if len(finite):
-            scales[axis] = float(finite.min()), float(finite.max())
+            scales[axis] = 0.0 if from_zero else float(finite.min()), float(finite.max())
             parts.extend(_y_axis(*scales[axis], axis, tall, logged))
     at = float(LEFT)
     for index, (name, (x, y, axis)) in enumerate(known.items()):
@@ -72,14 +78,25 @@ def _y_axis(low: float, high: float, axis: int, tall: float, logged: bool) -> li
 
 
 def heat_map(
-    rows: Sequence[str], x: np.ndarray, z: np.ndarray, *, title: str, x_title: str = "step", ticks: Sequence[str] = ()
+    rows: Sequence[str],
+    x: np.ndarray,
+    z: np.ndarray,
+    *,
+    title: str,
+    x_title: str = "step",
+    ticks: Sequence[str] = (),
+    pool_rows: bool = True,
 ) -> str:
-    """A heat map of ``z``, shape (columns, rows), NaN left blank, on at most 28 × 48 cells; ``ticks`` label the x axis."""
+    """A heat map of ``z``, shape (columns, rows), NaN left blank, on at most 28 × 48 cells; ``ticks`` label the x axis.
+
+    Columns beyond that are drawn by their largest values, and so are rows, or with ``pool_rows`` off by every n-th.
+    """
     if not len(rows) or not len(x):
         return note(f"{title}: nothing recorded yet")
     z = np.asarray(z, dtype="f8")
     every_row, every_column = math.ceil(len(rows) / 28), math.ceil(len(x) / 48)
-    shown = _pooled(_pooled(z, every_column).T, every_row)  # rows × columns
+    shown = _pooled(z, every_column).T  # rows × columns
+    shown = _pooled(shown, every_row) if pool_rows else shown[::every_row]
     finite = shown[np.isfinite(shown)]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
     level = np.where(np.isfinite(shown), np.clip((shown - low) / ((high - low) or 1) * 15.999, 0, 15), -1).astype(int)

@@ -122,10 +122,8 @@ def plateau(tables: Tables) -> list[Finding]:
     if start > 0 and after > 0.8 * start and abs(before - after) < 0.02 * abs(before):
         step = int(tables.history["step"].iloc[-1])
         message = f"The loss has hardly moved in {len(loss)} steps: {start:.3g} at first, {after:.3g} now."
-        lr = tables.lr
-        remedy: dict[str, Any] = {"optim.name": "adamw", "optim.lr": 1e-3}
-        if lr < 1e-4 and lr > 0:
-            remedy = {"optim.lr": float(f"{lr * 10:.2g}")}
+        timid = 0 < tables.lr < 1e-4
+        remedy: dict[str, Any] = {"optim.lr": 1e-3} if timid else {"optim.name": "adamw", "optim.lr": 1e-3}
         return [_finding("plateau", "warning", step, message, remedy)]
     return []
 

@@ -26,7 +26,7 @@ Object.assign(View.prototype, {
       const isLoss = metric.includes("loss");
       right = right || !isLoss;
       const colour = ink[(i + 1) % ink.length];
-      const label = metric === "loss" ? "held-out loss" : metric;
+      const label = ["loss", "val_loss"].includes(metric) ? "held-out loss" : metric;
       const mode = held.x.length > 60 ? "lines" : "lines+markers";
       data.push({ type: "scatter", mode, x: held.x, y: held.y, name: plain(label), yaxis: isLoss ? "y" : "y2", line: { color: colour, width: 1.5 }, marker: { color: colour, size: 6 } });
       entries.push({ colour, label, value: compact(lastOf(held)) });
@@ -69,7 +69,7 @@ Object.assign(View.prototype, {
     const x = grid.x;
     const data = [{ ...HEAT, x, z, zmin: low, zmax: high }];
     if (broken) data.push({ ...HEAT, x, z: bad, zmin: 0, zmax: 1, colorscale: [[0, "#e5484d"], [1, "#e5484d"]] });
-    const ticks = rowTicks(names, card.height - 48, Math.max(10, Math.round(card.width / 20)));
+    const ticks = rowTicks(names, card.height - 48, Math.max(10, Math.round(card.width / 18)));
     const layout = layoutOf(colours, { ...POINTER, xaxis: { title: { text: "step" } }, yaxis: { autorange: "reversed", showgrid: false, ...ticks } });
     layout.shapes = this.mark(names.indexOf(this.parameter), colours);
     return card.react(data, layout);
@@ -99,7 +99,7 @@ Object.assign(View.prototype, {
     if (held.stats) this.layerStats = held.stats;
     const scale = densityScale(colours);
     card.note.replaceChildren(scaleBar("few", "many", scale));
-    const ticks = rowTicks(names, card.height - 48, Math.max(10, Math.round(card.width / 20)));
+    const ticks = rowTicks(names, card.height - 48, Math.max(10, Math.round(card.width / 18)));
     const xaxis = { title: { text: "value" }, range: [-0.5, held.bins - 0.5], ...valueTicks(this.store.facts.get("bins")) };
     const layout = layoutOf(colours, { ...POINTER, xaxis, yaxis: { autorange: "reversed", showgrid: false, ...ticks } });
     layout.uirevision = `${held.bins}`;

@@ -96,17 +96,20 @@ def static_html(recording: Recording, header: Mapping[str, Any], findings: Findi
         shown = recording.distributions()
         rows, labels = recording.layers("activations"), bin_labels(shown.edges)
         title = f"share of values, step {shown.step}"
-        drawn = svg.heat_map(rows, np.arange(len(labels)), shown.levels.T, title=title, x_title="value", ticks=labels)
+        drawn = svg.heat_map(
+            rows, np.arange(len(labels)), shown.levels.T, title=title, x_title="value", ticks=labels, pool_rows=False
+        )
         parts.append(_section("Activations by layer", drawn))
     memory = {}
+    several = recording.world_size > 1
     for name, line in recording.lines.items():
         if name.startswith("memory:"):
             _, rank, field = name.split(":")
-            if field in FIELDS[:1] or recording.world_size == 1:
-                x, y = line.arrays()
-                memory[f"rank {rank} {field}, GB" if recording.world_size > 1 else f"{field}, GB"] = (x, y / 1e9, 1)
+            x, y = line.arrays()
+            if field == FIELDS[0] or not several and field == "peak":
+                memory[f"rank {rank}, GB" if several else f"{field}, GB"] = (x, y / 1e9, 1)
     if memory:
-        parts.append(_section("Memory", svg.chart(memory, height=160)))
+        parts.append(_section("Memory", svg.chart(memory, height=140, from_zero=True)))
     style = "font-family:var(--jp-ui-font-family,sans-serif);font-size:13px;color:var(--jp-ui-font-color1,inherit)"
     return f'<div style="{style}">{"".join(parts)}</div>'
 
@@ -121,7 +124,7 @@ def _section(title: str, content: str) -> str:
 
 
 def _label(name: str) -> str:
-    return "held-out loss" if name == "metric:loss" else name.removeprefix("metric:")
+    return "held-out loss" if name in ("metric:loss", "metric:val_loss") else name.removeprefix("metric:")
 
 
 def _on_the_right(name: str) -> bool:

@@ -35,7 +35,7 @@ class View {
     el.append(this.root);
     this.tip = new Tooltip(this.root);
     this.buildControls();
-    const painter = { signal, report: (times) => model.send({ kind: "drawn", times }) };
+    const painter = { signal, report: (times) => tell(model, { kind: "drawn", times }) };
     this.painter = new Painter(this.root, (name) => this[name](theme(el)), painter);
     const changed = (names, whole) => this.changed(names, whole);
     store.listeners.add(changed);
@@ -61,7 +61,7 @@ class View {
   }
 
   ask(kind, value) {
-    this.model.send({ kind, value });
+    tell(this.model, { kind, value });
   }
 
   choose(layer) {

@@ -1,0 +1,181 @@
+"""The Inspector in a real JupyterLab: live, chosen layers, themes, reload, second window, busy kernel, narrow window.
+
+Runs are simulated by this process; the kernel only reads their folders. Times are printed and asserted only generously.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "widgets"))
+from simulated import Simulation
+
+pytestmark = [pytest.mark.ui, pytest.mark.timeout(300)]
+
+CARD = ".wi-card[data-card={}]"
+COLUMNS = "(card) => document.querySelector(`.wi-card[data-card=${card}] .js-plotly-plot`)?.data?.[0]?.x?.length ?? 0"
+
+
+def wait_until(condition: Any, timeout: float = 30) -> float:
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < timeout, "it did not happen in time"
+        time.sleep(0.1)
+    return time.monotonic() - started
+
+
+def shown(page: Any, card: str = "gradients") -> int:
+    """Columns or points that the card's plot shows."""
+    return int(page.evaluate(COLUMNS, card))
+
+
+def into_view(book: Any, selector: str = ".wb-inspector") -> None:
+    book.page.evaluate("(s) => document.querySelector(s).scrollIntoView()", selector)
+    book.page.wait_for_timeout(500)
+
+
+@pytest.fixture
+def simulation(lab: Any, request: pytest.FixtureRequest) -> Any:
+    name = request.node.name.replace("_", "-")
+    made: list[Simulation] = []
+
+    def make(**how: Any) -> Simulation:
+        made.append(Simulation(lab.runs / name, **how))
+        return made[-1]
+
+    yield make
+    for simulated in made:
+        simulated.stop()
+
+
+def notebook(lab: Any, simulated: Simulation, *more: str) -> Path:
+    name = simulated.folder.name
+    cell = f"from widgets import Inspector\ninspector = Inspector({name!r})\ninspector"
+    return Path(lab.notebook(f"{name}.ipynb", cell, *more))
+
+
+def test_live_from_the_first_step_to_the_last(lab: Any, simulation: Any) -> None:
+    simulated = simulation(total=700, ranks=2, blocks=(2, 2))
+    path = notebook(lab, simulated)
+    book = lab.open(path)
+    started = time.monotonic()
+    book.run_all()
+    book.page.locator(".wi-waiting", has_text="waiting for the first reading of the gradients").wait_for()
+    simulated.until(300)
+    wait_until(lambda: shown(book.page) == 60)
+    print(f"first plots {time.monotonic() - started:.1f} s after the cell, of which 60 readings written meanwhile")
+    book.page.get_by_text("No findings").wait_for()
+    simulated.until(400)
+    wait_until(lambda: shown(book.page) == 80)
+
+    page_loss = book.page.evaluate("() => document.querySelector('.wi-card[data-card=loss] .js-plotly-plot').data[0].y")
+    kernel_loss = eval(book.result("inspector.recording.lines['loss'].arrays()[1].tolist()"))
+    assert page_loss == pytest.approx(kernel_loss, rel=1e-6)
+    top = book.page.evaluate(
+        "() => Array.from(document.querySelector('.wi-card[data-card=gradients] .js-plotly-plot').data[0].z[0])"
+    )
+    norms = eval(book.result("__import__('numpy').log10(inspector.recording.gradients.values[:, 0]).tolist()"))
+    assert top == pytest.approx(norms, rel=1e-4)
+
+    book.page.locator(".wi-card[data-card=gradients] .nsewdrag").click(position={"x": 40, "y": 30})
+    book.page.locator(".wi-detail:visible").wait_for()
+    chosen = book.page.locator(".wi-detail > header h3").inner_text()
+    assert chosen in simulated.parameters
+    wait_until(lambda: shown(book.page, "norm") == 80 and shown(book.page, "values") > 0)
+    into_view(book)
+    book.screenshot("inspector-light")
+    book.theme("dark")
+    ink = "() => document.querySelector('.wi-card[data-card=loss] .xtick text').style.fill"
+    wait_until(lambda: min(int(v) for v in book.page.evaluate(ink).strip("rgba()").split(",")[:3]) > 120)
+    book.screenshot("inspector-dark")
+    book.theme("light")
+    book.page.get_by_role("button", name="Close the layer's history").click()
+    book.page.locator(".wi-detail").wait_for(state="hidden")
+
+    book.page.get_by_label("Rank").select_option("1")
+    wait_until(lambda: book.result("inspector.recording.rank") == "1")
+    slider = book.page.get_by_label("Reading to show")
+    slider.evaluate("(s) => { s.value = 0; s.dispatchEvent(new Event('input')) }")
+    book.page.locator(".wi-slider output", has_text="step 5").wait_for()
+
+    simulated.until(700).finish()
+    book.page.locator(".wi-head .chip.finished").wait_for()
+    wait_until(lambda: book.result("inspector.following") == "False")
+    wait_until(lambda: "redraw_ms_median" in book.result("inspector.stats.summary()"))
+    summary = eval(book.result("inspector.stats.summary()"))
+    print(summary)
+    assert summary["frame_bytes_median"] < 60_000 and summary["redraw_ms_median"] < 1000
+    assert not book.errors
+
+
+def test_a_new_page_and_a_new_kernel_get_the_whole_history(lab: Any, simulation: Any) -> None:
+    simulated = simulation(blocks=(1, 1)).until(200)
+    book = lab.open(notebook(lab, simulated))
+    book.run_all()
+    wait_until(lambda: shown(book.page) == 40)
+    book.command("docmanager:save")
+    other = lab.open(f"{simulated.folder.name}.ipynb")
+    print(f"a second window draws {wait_until(lambda: shown(other.page) == 40):.1f} s after it opened")
+    simulated.until(250)
+    wait_until(lambda: shown(book.page) == 50 and shown(other.page) == 50)
+    other.page.close()
+    book.restart()
+    book.run_all()
+    wait_until(lambda: shown(book.page) == 50)
+    assert not book.errors
+
+
+def test_a_busy_kernel_still_shows_and_answers(lab: Any, simulation: Any) -> None:
+    simulated = simulation(blocks=(1, 1)).until(100)
+    book = lab.open(
+        notebook(lab, simulated, "import time\nuntil = time.time() + 20\nwhile time.time() < until: time.sleep(0.05)")
+    )
+    book.page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells') }")
+    wait_until(lambda: shown(book.page) == 20, timeout=18)
+    simulated.until(150)
+    wait_until(lambda: shown(book.page) == 30, timeout=15)
+    book.page.locator(".wi-pick").first.select_option("conv1.weight")
+    book.page.locator(".wi-detail:visible").wait_for(timeout=12_000)
+    prompts = book.page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()
+    assert prompts[1] == "[*]:", "the cell ended too early to tell"
+    assert not book.errors
+
+
+def test_plotly_travels_once_for_many_plots(lab: Any, simulation: Any) -> None:
+    simulated = simulation(blocks=(1,)).until(50)
+    more = "from widgets import LivePlot\nfrom widgets.live_plot import plotly_loader, _compressed_plotly\n"
+    more += "plot = LivePlot({'loss': {}})\nplot.append('loss', range(100), range(100))\nplot"
+    book = lab.open(notebook(lab, simulated, f"second = Inspector({simulated.folder.name!r})\nsecond", more))
+    book.run_all()
+    wait_until(lambda: book.page.locator(".js-plotly-plot").count() >= 9)
+    assert book.result("plotly_loader().sent == len(_compressed_plotly())") == "True"
+    book.run_all()
+    wait_until(lambda: book.page.locator(".js-plotly-plot").count() >= 1)
+    assert book.result("plotly_loader().sent == len(_compressed_plotly())") == "True"
+    assert not book.errors
+
+
+def test_names_are_text_and_a_narrow_window_holds_everything(lab: Any, simulation: Any) -> None:
+    simulated = simulation(fault="vanishing", blocks=(2, 2))
+    simulated.parameters[1] = "<img src=x onerror=window.pwned=1>.weight"
+    simulated.until(300)
+    book = lab.open(notebook(lab, simulated), width=800)
+    book.run_all()
+    wait_until(lambda: shown(book.page) == 60)
+    book.page.get_by_text("Gradients vanish").wait_for()
+    book.page.get_by_role("button", name="show the layer").first.click()
+    book.page.locator(".wi-detail:visible").wait_for()
+    book.page.locator(".wi-pick").first.select_option(simulated.parameters[1])
+    book.page.locator(".wi-detail > header h3", has_text="<img").wait_for()
+    assert book.page.evaluate("() => window.pwned === undefined && !document.querySelector('.wb-inspector img')")
+    into_view(book)
+    book.screenshot("inspector-narrow")
+    spilt = """() => [...document.querySelectorAll('.wb-inspector, .wb-inspector section, .wb-inspector header')]
+        .filter((e) => e.clientWidth && e.scrollWidth > e.clientWidth + 1).map((e) => e.className || e.tagName)"""
+    assert book.page.evaluate(spilt) == []
+    assert not book.errors
