@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from workbench.probes.base import EDGES, Probe, StepContext, count_nonfinite
+from workbench.probes.base import EDGES, Probe, StepContext
 from workbench.probes.config import ProbeConfig
+from workbench.probes.kernels import merged, new_partials, record, reset
 
 SAMPLE = 4096
 """Most elements of a layer's output that its histogram counts; of larger outputs a strided sample. A bin that holds a share p of
@@ -26,7 +27,7 @@ class ActivationProbe(Probe):
 
     Scalars are exact, summed in float64 over every element and micro-step of this rank's share; the histogram counts a strided
     sample of the last micro-batch. Hooks are installed before compilation and traced with the model: a step that reads runs a
-    second compiled graph, steps that don't read pay nothing.
+    second compiled graph, in which each layer's output goes through one more operator; steps that don't read pay nothing.
     """
 
     kind = "activations"
@@ -43,8 +44,7 @@ class ActivationProbe(Probe):
         ]
         self._names = [name or type(model).__name__ for name, _ in layers]
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self._sums = torch.zeros(len(layers), 5, dtype=torch.float64, device=device)
-        self._extremes = torch.zeros(len(layers), 2, dtype=torch.float64, device=device)
+        self._partials = new_partials(len(layers), device)
         self._samples = torch.zeros(len(layers), SAMPLE, device=device)
         self._edges = torch.tensor(EDGES[1:-1], device=device)
         handles = [module.register_forward_hook(self._hook(row)) for row, (_, module) in enumerate(layers)]
@@ -57,50 +57,30 @@ class ActivationProbe(Probe):
 
     def arm(self) -> None:
         super().arm()
-        self._sums.zero_()
-        self._extremes[:, 0] = float("inf")
-        self._extremes[:, 1] = -float("inf")
+        reset(self._partials)
         self._samples.fill_(float("nan"))
         self.active = True
 
     def _hook(self, row: int) -> Callable[[nn.Module, Any, Any], None]:
-        def record(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
             # A plain attribute: the compiler guards on its value and keeps one graph with readings, one without.
             if self.active:
                 value = output if isinstance(output, Tensor) else _first_tensor(output)
-                if value is not None:
-                    self._record(row, value.detach())
+                if value is not None and value.numel() and value.is_floating_point():
+                    record(value.detach(), self._partials, self._samples, row, sample_stride(value))
 
-        return record
-
-    def _record(self, row: int, value: Tensor) -> None:
-        count = value.numel()
-        if count == 0 or not value.is_floating_point():
-            return
-        total = value.sum(dtype=torch.float64)
-        norm = torch.linalg.vector_norm(value, dtype=torch.float64)
-        zeros = count - torch.count_nonzero(value)
-        self._sums[row] += torch.stack(
-            [torch.full_like(total, count), total, norm * norm, zeros.double(), count_nonfinite(value).double()]
-        )
-        low, high = torch.aminmax(value)
-        self._extremes[row, 0] = torch.minimum(self._extremes[row, 0], low.double())
-        self._extremes[row, 1] = torch.maximum(self._extremes[row, 1], high.double())
-        flat = _in_memory_order(value)
-        stride = sample_stride(value)
-        sample = flat[::stride][:SAMPLE]
-        self._samples[row, : sample.numel()] = sample.float()
+        return hook
 
     @torch.no_grad()
     def read(self, context: StepContext) -> Tensor | None:
-        """float64 [layers, 7 + bins]: the sums, the extremes, the counts of the bins."""
+        """float64 [layers, MOMENTS + bins]: the moments, then the counts of the bins."""
         self.active = False
         bins = len(EDGES) - 1
         place = torch.bucketize(self._samples, self._edges, right=True)
         place = torch.where(self._samples.isnan(), bins, place)  # unfilled, or not a number: counted nowhere
         counts = torch.zeros(len(self._names), bins + 1, dtype=torch.float64, device=place.device)
         counts.scatter_add_(1, place, torch.ones_like(place, dtype=torch.float64))
-        return torch.cat([self._sums, self._extremes, counts[:, :bins]], dim=1)
+        return torch.cat([merged(self._partials), counts[:, :bins]], dim=1)
 
     def table(self, step: int, values: npt.NDArray[Any]) -> dict[str, Any]:
         seen = values[:, 0] > 0  # a layer that the step did not reach has nothing to tell
@@ -127,13 +107,6 @@ def _first_tensor(output: Any) -> Tensor | None:
     """The first tensor of a tuple, list or dict of outputs (an LSTM's output sequence, say)."""
     members = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
     return next((member for member in members if isinstance(member, Tensor)), None)
-
-
-def _in_memory_order(value: Tensor) -> Tensor:
-    """The elements as [N], without a copy for contiguous and channels-last tensors."""
-    if value.ndim == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last):
-        value = value.permute(0, 2, 3, 1)
-    return value.reshape(-1)
 
 
 def sample_stride(value: Tensor) -> int:

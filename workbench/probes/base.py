@@ -73,8 +73,3 @@ class Probe:
 
 def host_array(value: Tensor) -> npt.NDArray[Any]:
     return np.asarray(value.detach().cpu() if value.device.type != "cpu" else value.detach())
-
-
-def count_nonfinite(value: Tensor) -> Tensor:
-    """Number of NaN and infinite elements, a scalar int64 tensor."""
-    return torch.isfinite(value).logical_not_().sum()

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from workbench.probes.base import Probe, StepContext, count_nonfinite
+from workbench.probes.base import Probe, StepContext
+from workbench.probes.kernels import count_nonfinite
 
 
 class GradientProbe(Probe):
