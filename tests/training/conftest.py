@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,17 @@ def whole(run: Run) -> None:
 @pytest.fixture(scope="session")
 def assert_whole() -> Callable[[Run], None]:
     return whole
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 60, tick: float = 0.01) -> Any:
+    """Wait for a condition; fail after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(tick)
+    return found
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[..., Any]:
+    return wait_until
