@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from workbench.config import Arguments, Config, hint
 from workbench.errors import ModelError
-from workbench.registry import Registry
+from workbench.registry import ImportPath, Registry
 
 LOSSES = Registry(
     "loss",
@@ -29,7 +29,7 @@ LOSSES = Registry(
 class LossConfig(Config):
     """The loss that training minimizes."""
 
-    name: str = Field("cross_entropy", description="A registered loss or an import path.", json_schema_extra=hint(choices="losses"))
+    name: ImportPath = Field("cross_entropy", description="A registered loss or an import path.", json_schema_extra=hint(choices="losses"))
     args: Arguments = Field({}, description="Keyword arguments, e.g. {label_smoothing: 0.1}.", json_schema_extra=hint(advanced=True))
 
     @field_validator("name")

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from workbench.config import Arguments, Config, hint
-from workbench.registry import Registry
+from workbench.registry import ImportPath, Registry
 
 OPTIMIZERS = Registry(
     "optimizer",
@@ -28,7 +28,7 @@ OPTIMIZERS = Registry(
 class OptimConfig(Config):
     """The optimizer."""
 
-    name: str = Field("adamw", description="A registered optimizer or an import path.", json_schema_extra=hint(choices="optimizers"))
+    name: ImportPath = Field("adamw", description="A registered optimizer or an import path.", json_schema_extra=hint(choices="optimizers"))
     lr: float = Field(1e-3, gt=0, le=100, description="Peak learning rate, per optimizer step.", json_schema_extra=hint(log=True))
     weight_decay: float = Field(5e-4, ge=0, description="Weight decay of matrices and kernels, as the optimizer defines it.", json_schema_extra=hint(log=True))
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum (Nesterov's) of sgd and rmsprop.")

@@ -15,12 +15,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator
 
 from workbench.errors import ConfigError, WorkbenchError, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_USER = "workbench_user_"
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,35 @@ class Registry(Mapping[str, Entry]):
         return pd.DataFrame([{"name": name, **entry.card} for name, entry in sorted(self._entries.items())])
 
 
+def import_path(thing: Any) -> Any:
+    """The import path by which other processes find a class or function; text and anything else stays as it is.
+
+    Raises:
+        ConfigError: no other process can import it: it was made in a notebook's cell, in a function, or by lambda.
+    """
+    if isinstance(thing, str) or not callable(thing):
+        return thing
+    if kept := getattr(thing, "__dict__", {}).get("__workbench_source__"):  # its own: a subclass must not pass for its base
+        return kept
+    module, name = getattr(thing, "__module__", "__main__"), getattr(thing, "__qualname__", "<object>")
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if module == "__main__" or found is not thing:
+        where = "a notebook or script" if module == "__main__" else module
+        raise ConfigError(
+            f"{name} cannot be found by other processes, since it is defined in {where}.",
+            "In a notebook, run %load_ext workbench and start its cell with %%model; or put it into a file: 'file.py:name'.",
+        )
+    if module.startswith(_USER):
+        return f"{sys.modules[module].__file__}:{name}"
+    return f"{module}:{name}"
+
+
+ImportPath = Annotated[str, BeforeValidator(import_path)]
+"""Type of a setting that names a plug-in: a name, an import path, or a class or function that has one."""
+
+
 def find_source(name: str, root: Path | None) -> str:
     """``name`` with its file or folder taken from the run folder ``root``, where there is a copy of it.
 
@@ -148,7 +181,7 @@ def _load_file(file: Path) -> ModuleType:
     except OSError as error:
         raise ConfigError(f"The file {str(file)!r} cannot be read: {error.strerror}.", "Check the path.") from None
     digest = hashlib.sha256(str(file.resolve()).encode() + b"\0" + source).hexdigest()[:16]
-    name = f"workbench_user_{file.stem}_{digest}"
+    name = f"{_USER}{file.stem}_{digest}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)

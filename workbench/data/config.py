@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from workbench.config import Arguments, Config, hint
 from workbench.errors import unknown
-from workbench.registry import Registry
+from workbench.registry import ImportPath, Registry
 
 AUGMENTATIONS = Registry(
     "augmentation",
@@ -20,7 +20,7 @@ AUGMENTATIONS = Registry(
 class DataConfig(Config):
     """A data set by name, and how it is batched."""
 
-    name: str = Field(
+    name: ImportPath = Field(
         "digits",
         description="A card in datasets/, or an import path to a function that returns splits: 'package.module:function', 'file.py:function'.",
         json_schema_extra=hint(choices="datasets"),

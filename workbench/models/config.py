@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from workbench.config import Arguments, Config, hint
 from workbench.errors import unknown
-from workbench.registry import Registry
+from workbench.registry import ImportPath, Registry
 
 MODELS = Registry(
     "model",
@@ -32,7 +32,7 @@ def timm_names() -> frozenset[str]:
 class ModelConfig(Config):
     """A model by name: the workbench's own, timm's, an import path, or a folder with a saved model."""
 
-    name: str = Field(
+    name: ImportPath = Field(
         "resnet20",
         description="A registered name, a timm name, 'package.module:function', 'file.py:function', or a run or model folder.",
         json_schema_extra=hint(choices="models"),
