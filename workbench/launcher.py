@@ -120,14 +120,18 @@ def claim(folder: Path, nproc: int) -> int:
         RunError: another process is at it.
     """
     with _locked(folder / "attempts"):
-        carrier = at_work(folder)
-        if carrier is not None and carrier != Process.current():
-            raise RunError(
-                f"The process {carrier.pid} is at the run {folder.name}.", "Open it with Run.open to follow it, or stop it first."
-            )
-        taken = [int(path.stem) for path in (folder / "attempts").glob("*.json")]
-        number = max(taken, default=0) + 1
-        record(folder, number, nproc, Process.current())
+        return _claim(folder, nproc)
+
+
+def _claim(folder: Path, nproc: int) -> int:
+    carrier = at_work(folder)
+    if carrier is not None and carrier != Process.current():
+        raise RunError(
+            f"The process {carrier.pid} is at the run {folder.name}.", "Open it with Run.open to follow it, or stop it first."
+        )
+    taken = [int(path.stem) for path in (folder / "attempts").glob("*.json")]
+    number = max(taken, default=0) + 1
+    record(folder, number, nproc, Process.current())
     return number
 
 
@@ -180,8 +184,15 @@ def spawn(folder: Path, nproc: int) -> Process:
     """Start the worker processes in a session of their own, output to ``logs/``; returns at once.
 
     The processes inherit nothing but the environment and outlive this one.
+
+    Raises:
+        RunError: another process is at the run.
     """
-    attempt = claim(folder, nproc)
+    with _locked(folder / "attempts"):  # until the child is named, so that of two threads that start a run one does
+        return _spawn(folder, nproc, _claim(folder, nproc))
+
+
+def _spawn(folder: Path, nproc: int, attempt: int) -> Process:
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     # The worker must import what the notebook can: the folder it runs in, and this very package.
     here = [os.getcwd(), str(Path(__file__).resolve().parent.parent)]

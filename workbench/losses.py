@@ -44,7 +44,26 @@ def make_loss(config: LossConfig) -> Callable[[Any, Any], Any]:
     return loss
 
 
-def check_output(loss: Callable[[Any, Any], Any], output: Any, target: Any, name: str) -> None:
+def takes_labels(config: LossConfig, output: Any, target: Any) -> bool:
+    """Whether targets are labels, which number the output's second dimension."""
+    return config.name in ("cross_entropy", "nll") and getattr(output, "ndim", 0) >= 2 and not target.is_floating_point()
+
+
+def check_labels(target: Any, classes: int, config: LossConfig) -> None:
+    """Labels on the CPU against the number of classes: on an accelerator, one out of range ends the process without a word.
+
+    Raises:
+        ModelError: naming the label.
+    """
+    wrong = target[((target < 0) | (target >= classes)) & (target != config.args.get("ignore_index", -100))]
+    if wrong.numel():
+        raise ModelError(
+            f"The model has {classes} outputs, but the data has the label {int(wrong[0])}.",
+            "Set model.num_classes to the number of classes, or mend the label.",
+        )
+
+
+def check_output(loss: Callable[[Any, Any], Any], output: Any, target: Any, config: LossConfig) -> None:
     """Try the loss once, so that a model whose output does not fit is named before training starts.
 
     Args:
@@ -56,15 +75,12 @@ def check_output(loss: Callable[[Any, Any], Any], output: Any, target: Any, name
     """
     import torch
 
+    name = config.name
+
     if not isinstance(output, torch.Tensor):
         raise ModelError(f"The model returns {type(output).__name__}, but the loss {name!r} takes a tensor.", "Return the logits alone.")
-    if name == "cross_entropy" and output.ndim >= 2 and not target.is_floating_point():
-        classes, largest = output.shape[1], int(target.max())
-        if largest >= classes or int(target.min()) < 0:
-            raise ModelError(
-                f"The model has {classes} outputs, but the data has the label {largest if largest >= classes else int(target.min())}.",
-                "Set model.num_classes to the number of classes.",
-            )
+    if takes_labels(config, output, target):
+        check_labels(target, output.shape[1], config)
     try:
         value = loss(output, target)
     except Exception as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -86,6 +86,7 @@ class Batches:
         self._source: tuple[Tensor, Tensor] | None = None
         self._held_out: tuple[Tensor, Tensor] | None = None
         self._loader: DataLoader[Any] | None = None
+        self._check: Callable[[Tensor], None] = lambda target: None
 
     @property
     def in_memory(self) -> bool:
@@ -96,6 +97,13 @@ class Batches:
         """End the loader's processes now, not when the last reference goes (an error's traceback may hold one for long)."""
         _end(getattr(self._loader, "_iterator", None))
         self._loader = None
+
+    def watch(self, check: Callable[[Tensor], None]) -> None:
+        """Have ``check`` look at all targets before an accelerator gets them: now, where they are in memory, else as they come."""
+        for split in (self.splits.train, self.splits.eval):
+            if isinstance(split, Arrays):
+                check(split.y)
+        self._check = check
 
     def order(self, epoch: int) -> Tensor:
         """int64 [N] on the CPU: the epoch's permutation of the samples."""
@@ -145,7 +153,7 @@ class Batches:
                 generator=torch.Generator(),  # else each pass over the loader draws from the generator that dropout draws from
             )
         self._plan.epoch, self._plan.start = epoch, start
-        yield from _moved(iter(self._loader), self.target.device)
+        yield from _moved(iter(self._loader), self.target.device, self._check)
 
     def _finish(self, x: Any, y: Tensor, epoch: int, step: int, micro: int) -> Batch:
         if not (isinstance(x, Tensor) and x.dtype == torch.uint8 and x.ndim == 4):
@@ -189,7 +197,7 @@ class Batches:
         )
         read = iter(loader)
         try:
-            for x, y in _moved(read, self.target.device):
+            for x, y in _moved(read, self.target.device, self._check):
                 yield (self._normalize(x) if isinstance(x, Tensor) and x.dtype == torch.uint8 and x.ndim == 4 else x), y, len(y)
         finally:
             _end(read)
@@ -284,16 +292,16 @@ def _collate(samples: list[Any]) -> Any:
         return DataError(f"Samples do not stack into a batch: {error}.", "Give every sample the same shape and type.")
 
 
-def _moved(loader: Iterator[Any], device: torch.device) -> Iterator[Batch]:
+def _moved(loader: Iterator[Any], device: torch.device, check: Callable[[Tensor], None]) -> Iterator[Batch]:
     """Batches on the device; on an accelerator the next one is copied while the present one is used."""
     if device.type != "cuda":
         for batch in loader:
-            yield _checked(batch)
+            yield _checked(batch, check)
         return
     stream = torch.cuda.Stream(device)
     ahead: Any = None
     for batch in loader:
-        _checked(batch)
+        _checked(batch, check)
         with torch.cuda.stream(stream):
             copied = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
         if ahead is not None:
@@ -316,9 +324,11 @@ def _handed_over(batch: Any, stream: torch.cuda.Stream) -> Batch:
     return batch
 
 
-def _checked(batch: Any) -> Batch:
+def _checked(batch: Any, check: Callable[[Tensor], None]) -> Batch:
     if isinstance(batch, WorkbenchError):
         raise batch
     if not (isinstance(batch, list | tuple) and len(batch) == 2):
         raise DataError(f"A sample is a {type(batch).__name__}, not a pair (x, y).", "Return (input, target) from the data set.")
+    if isinstance(batch[1], Tensor):
+        check(batch[1])
     return batch  # type: ignore[return-value]

@@ -61,7 +61,10 @@ class Splits:
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        x = self.train.x[0] if isinstance(self.train, Arrays) else self.train[0][0]
+        try:
+            x = self.train.x[0] if isinstance(self.train, Arrays) else self.train[0][0]
+        except Exception as error:
+            raise DataError(f"Sample 0 cannot be read: {type(error).__name__}: {error}.", "Mend or remove it.") from error
         return tuple(x.shape) if isinstance(x, Tensor) else ()
 
     @property
@@ -93,6 +96,11 @@ def load_splits(config: DataConfig, given: Any = None, *, root: Path | None = No
         )
     else:
         splits = as_splits(load_object(find_source(config.name, root))(**config.args), config.name)
+    for part in (splits.train, splits.eval):
+        if not hasattr(part, "__len__"):
+            raise DataError(
+                f"A {type(part).__name__} has no length, so there is no epoch of it.", "Take a data set with __len__ and __getitem__."
+            )
     if config.limit is not None:
         splits = replace(splits, train=_first(splits.train, config.limit))
     if len(splits.train) == 0 or len(splits.eval) == 0:  # type: ignore[arg-type]

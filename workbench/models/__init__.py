@@ -36,6 +36,8 @@ def build_model(config: ModelConfig, *, root: Path | None = None) -> nn.Module:
         # By name: reading saved models lies in a later layer.
         model: nn.Module = load_object("workbench.artefact:load_model")(Path(name))
         return model.train()
+    from torch import nn
+
     shape = {"num_classes": config.num_classes, "in_channels": config.in_channels}
     given = {key: value for key, value in shape.items() if value is not None}
     try:
@@ -50,6 +52,8 @@ def build_model(config: ModelConfig, *, root: Path | None = None) -> nn.Module:
         raise ConfigError(f"The model {config.name!r} does not take these arguments: {error}.", "See model.args.") from error
     except Exception as error:
         raise ModelError(f"The model {config.name!r} could not be built: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"The factory of the model {config.name!r} returned {type(model).__name__}.", "Return a torch.nn.Module.")
     model.structure = Structure(model=config.model_dump(mode="json"))  # type: ignore[assignment]
     return model
 

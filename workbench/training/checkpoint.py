@@ -62,7 +62,7 @@ def save(folder: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any]
                 doomed = old.with_suffix(".tmp")
                 os.replace(old, doomed)
                 shutil.rmtree(doomed)
-    except Exception as error:
+    except BaseException as error:  # the checkpoint library's own error is no Exception
         cause = _disk_error(error)
         if cause is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from workbench.data.batches import Batches, Shard, Target, derive_seed
 from workbench.data.splits import Splits, load_splits
 from workbench.distributed import World, barrier, process_group
 from workbench.errors import MemoryExhausted, ModelError, RunError, WorkbenchError
-from workbench.losses import check_output, make_loss
+from workbench.losses import check_labels, check_output, make_loss, takes_labels
 from workbench.models import build_model
 from workbench.probes import PROBES, Probe, ProbeSet
 from workbench.registry import find_source
@@ -72,7 +73,7 @@ def execute(run: Run, attempt: int, *, data: Any = None) -> Trainer:
             failed = events.Failed(
                 step=trainer.step if trainer else 0,
                 error=type(said).__name__,
-                message=str(said) or repr(said),
+                message=str(said) if isinstance(said, WorkbenchError) else f"{type(said).__name__}: {said}",
                 traceback=traceback.format_exc(),
             )
             with suppress(WorkbenchError, OSError):
@@ -162,7 +163,9 @@ def _check_model(model: nn.Module, batches: Batches, config: TrainConfig, precis
         ) from error
     finally:
         model.train()
-    check_output(make_loss(config.loss), output.float().cpu() if isinstance(output, torch.Tensor) else output, y.cpu(), config.loss.name)
+    check_output(make_loss(config.loss), output.float().cpu() if isinstance(output, torch.Tensor) else output, y.cpu(), config.loss)
+    if takes_labels(config.loss, output, y):
+        batches.watch(partial(check_labels, classes=output.shape[1], config=config.loss))
 
 
 def _finish(trainer: Trainer, run: Run, recorder: Recorder, world: World) -> None:
