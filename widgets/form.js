@@ -173,7 +173,7 @@ function render({ model, el }) {
       // A half-typed name is no name: names are checked once chosen or left, numbers as they are typed.
       if (!spec.choices) input.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(commit, 150); });
       input.addEventListener("change", commit);
-      show = (raw) => { input.value = raw ?? ""; };
+      show = (raw) => { input.value = input.title = raw ?? ""; };
       if (spec.control === "number") {
         const stops = spec.log ? logStops(spec) : null;
         input.addEventListener("keydown", (event) => {

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-VOID = frozenset(("input", "line", "rect", "circle"))
+VOID = frozenset(("input",))
 
 
 class Html(str):
