@@ -83,4 +83,5 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     candidates = [digit * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for digit in (1, 2, 5)]
-    return [tick for tick in candidates if low <= math.log10(tick) <= high] or [float(f"{10 ** ((low + high) / 2):.2g}")]
+    inside = [tick for tick in candidates if low <= math.log10(tick) <= high]
+    return inside if len(inside) > 2 else _ticks(10**low, 10**high)
