@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ import torch
 from workbench.data.cards import data_folder
 from workbench.data.splits import Arrays, Splits
 from workbench.errors import DataError
+
+
+PATIENCE = 15.0
+"""Seconds of silence after which a download is given up."""
 
 
 def digits() -> Splits:
@@ -84,6 +89,8 @@ def _decode(value: Any, where: str) -> np.ndarray[Any, Any]:
 def _cifar10_by_torchvision(folder: Path, train: bool) -> Arrays:
     from torchvision.datasets import CIFAR10
 
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
     try:
         source = CIFAR10(str(folder), train=train, download=True)
     except Exception as error:
@@ -91,4 +98,6 @@ def _cifar10_by_torchvision(folder: Path, train: bool) -> Arrays:
             f"CIFAR-10 is not below {folder} and cannot be downloaded: {error}.",
             "Set WORKBENCH_DATA to the folder that holds cifar10/train.parquet and cifar10/test.parquet.",
         ) from error
+    finally:
+        socket.setdefaulttimeout(before)
     return Arrays(torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(source.targets))
