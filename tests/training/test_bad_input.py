@@ -287,6 +287,8 @@ def test_missing_data_without_a_network_is_said_soon(
     network: str, config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``silent``: something takes the connection and never answers."""
+    monkeypatch.setattr("workbench.data.images.PATIENCE", 1.0)
+    monkeypatch.setattr("urllib.request._opener", None)  # it keeps the proxies that it met first
     monkeypatch.setenv("WORKBENCH_DATA", str(tmp_path))
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
