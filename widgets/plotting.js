@@ -134,8 +134,8 @@ function theme(el) {
     dark,
     text: of("--jp-ui-font-color1", dark ? "#ddd" : "#222"),
     soft: of("--jp-ui-font-color2", dark ? "#aaa" : "#666"),
-    back: of("--jp-layout-color1", dark ? "#111" : "#fff"),
-    raised: of("--jp-layout-color0", dark ? "#000" : "#fff"),
+    back: of("--jp-layout-color0", dark ? "#111" : "#fff"),
+    raised: of("--jp-layout-color1", dark ? "#212121" : "#fff"),
     line: of("--jp-border-color2", dark ? "#444" : "#ddd"),
     font: of("--jp-ui-font-family", "system-ui, sans-serif"),
     grid: dark ? "rgba(255,255,255,0.08)" : "rgba(0,0,0,0.07)",
@@ -216,6 +216,7 @@ class Painter {
     this.all = new Set();
     this.times = [];
     this.last = 0;
+    this.cost = 0;
     this.timer = null;
     this.visible = true;
     this.busy = false;
@@ -248,7 +249,8 @@ class Painter {
 
   schedule() {
     if (this.timer !== null || this.busy || !this.dirty.size || !this.visible || this.gone) return;
-    const wait = Math.max(0, this.last + FRAME_MS - performance.now());
+    // A slow page draws less often: at most a third of its time goes into drawing.
+    const wait = Math.max(0, this.last + Math.max(FRAME_MS, 3 * this.cost) - performance.now());
     this.timer = setTimeout(() => requestAnimationFrame(() => this.paint()), wait);
   }
 
@@ -266,7 +268,8 @@ class Painter {
     } catch (error) {
       console.error("[workbench]", error);
     }
-    if (names.length) this.times.push(performance.now() - began);
+    this.cost = performance.now() - began;
+    if (names.length) this.times.push(this.cost);
     this.busy = false;
     this.schedule();
   }

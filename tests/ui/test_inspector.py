@@ -18,7 +18,9 @@ from simulated import Simulation
 pytestmark = [pytest.mark.ui, pytest.mark.timeout(300)]
 
 CARD = ".wi-card[data-card={}]"
-COLUMNS = "(card) => document.querySelector(`.wi-card[data-card=${card}] .js-plotly-plot`)?.data?.[0]?.x?.length ?? 0"
+COLUMNS = """(card) => {
+    const trace = document.querySelector(`.wi-card[data-card=${card}] .js-plotly-plot`)?.data?.[0];
+    return (trace?.z?.[0] ?? trace?.x)?.length ?? 0 }"""
 
 
 def wait_until(condition: Any, timeout: float = 30) -> float:
@@ -73,6 +75,7 @@ def test_live_from_the_first_step_to_the_last(lab: Any, simulation: Any) -> None
     simulated.until(400)
     wait_until(lambda: shown(book.page) == 80)
 
+    wait_until(lambda: shown(book.page, "loss") == 400)
     page_loss = book.page.evaluate("() => document.querySelector('.wi-card[data-card=loss] .js-plotly-plot').data[0].y")
     kernel_loss = eval(book.result("inspector.recording.lines['loss'].arrays()[1].tolist()"))
     assert page_loss == pytest.approx(kernel_loss, rel=1e-6)
@@ -152,7 +155,9 @@ def test_plotly_travels_once_for_many_plots(lab: Any, simulation: Any) -> None:
     more += "plot = LivePlot({'loss': {}})\nplot.append('loss', range(100), range(100))\nplot"
     book = lab.open(notebook(lab, simulated, f"second = Inspector({simulated.folder.name!r})\nsecond", more))
     book.run_all()
-    wait_until(lambda: book.page.locator(".js-plotly-plot").count() >= 9)
+    for place in (".wb-inspector >> nth=0", ".wb-inspector >> nth=1", ".wb-live"):
+        book.page.locator(place).scroll_into_view_if_needed()  # what is out of sight is not drawn
+        book.page.locator(f"{place} >> .js-plotly-plot >> nth=0").wait_for()
     assert book.result("plotly_loader().sent == len(_compressed_plotly())") == "True"
     book.run_all()
     wait_until(lambda: book.page.locator(".js-plotly-plot").count() >= 1)

@@ -44,19 +44,15 @@ Object.assign(View.prototype, {
     if (!grid?.x.length) return card.wait();
     let low = Infinity;
     let high = -Infinity;
-    let broken = false;
-    const z = names.map(() => new Array(grid.x.length));
-    const bad = names.map(() => new Array(grid.x.length).fill(null));
+    let bad = null;
+    const empty = () => names.map(() => new Float32Array(grid.x.length).fill(NaN));
+    const z = empty();
     grid.columns.forEach((column, c) => {
       for (let r = 0; r < names.length; r++) {
         const value = column[r];
-        if (value === Infinity) {
-          bad[r][c] = 1;
-          broken = true;
-        }
-        const log = value > 0 && value < Infinity ? Math.log10(value) : null;
-        z[r][c] = log;
-        if (log === null) continue;
+        if (value === Infinity) (bad ??= empty())[r][c] = 1;
+        if (!(value > 0 && value < Infinity)) continue;
+        const log = (z[r][c] = Math.log10(value));
         if (log < low) low = log;
         if (log > high) high = log;
       }
@@ -64,11 +60,11 @@ Object.assign(View.prototype, {
     if (low > high) [low, high] = [-1, 1];
     low = Math.max(Math.floor(low), Math.ceil(high) - 12);
     high = Math.max(Math.ceil(high), low + 1);
-    const key = broken ? h("span", { class: "wi-broken" }, h("i", { "aria-hidden": "true" }), "not finite") : null;
+    const key = bad ? h("span", { class: "wi-broken" }, h("i", { "aria-hidden": "true" }), "not finite") : null;
     card.note.replaceChildren(...[key, scaleBar(powerOfTen(low), powerOfTen(high))].filter(Boolean));
     const x = grid.x;
     const data = [{ ...HEAT, x, z, zmin: low, zmax: high }];
-    if (broken) data.push({ ...HEAT, x, z: bad, zmin: 0, zmax: 1, colorscale: [[0, "#e5484d"], [1, "#e5484d"]] });
+    if (bad) data.push({ ...HEAT, x, z: bad, zmin: 0, zmax: 1, colorscale: [[0, "#e5484d"], [1, "#e5484d"]] });
     const ticks = rowTicks(names, card.height - 48, Math.max(10, Math.round(card.width / 18)));
     const layout = layoutOf(colours, { ...POINTER, xaxis: { title: { text: "step" } }, yaxis: { autorange: "reversed", showgrid: false, ...ticks } });
     layout.shapes = this.mark(names.indexOf(this.parameter), colours);

@@ -150,9 +150,9 @@ class Inspector(LiveWidget):
         self._last_diagnosis = time.monotonic()
 
     def _catch_up(self) -> Recording | None:
-        """Without a follower (a static view, an ended run) read to the end of what there is."""
+        """Where nothing follows the run (a static or a closed view) read to the end of what there is."""
         with self._lock:
-            if self.run is None or self.following:
+            if self.run is None or self.comm is not None:
                 return self.recording
             recording = self.recording = Recording(self.run, self.recording.rank if self.recording else None)
             recording.take_events(self.run.events, anew=True)

@@ -121,7 +121,7 @@ class Card {
   constructor(name, title, waiting, height, draw) {
     this.name = name;
     this.height = height;
-    this.plot = h("div", { class: "wi-plot" });
+    this.plot = h("div", { class: "wi-plot", role: "figure", "aria-label": title });
     this.plot.style.height = `${height}px`;
     this.waiting = h("p", { class: "wi-waiting" }, waiting);
     this.aside = h("div", { class: "wi-aside" });
