@@ -71,5 +71,5 @@ def decide_every(name: str, every: int | str, device: torch.device, total_steps:
     if name == "memory":
         return int(decisions.decide(setting, spread if device.type == "cpu" else max(10, spread), "counters on the host cost nothing"))
     if device.type == "cuda":
-        return int(decisions.decide(setting, max(100, spread), "on a GPU one reading in 100 steps costs under 2 % of the time"))
+        return int(decisions.decide(setting, max(50, spread), "on a GPU one reading in 50 steps costs about 1 % of the time"))
     return int(decisions.decide(setting, max(spread, 5), "on a CPU one reading in 5 steps or rarer, 200 over the run"))
