@@ -172,7 +172,8 @@ class AdaptiveGradientClipper:
         if self.state is None:
             self.state = torch.zeros(3, device=norm.device)
         seen, mean, square = self.state.to(norm.device).unbind()
-        deviation = (square - mean * mean).clamp(min=0).sqrt()
+        # At least a fiftieth of the mean: a threshold that clips every step would else see no spread, and never rise again.
+        deviation = (square - mean * mean).clamp(min=0).sqrt().maximum(mean / 50)
         threshold = torch.where(seen < self.warmup, torch.full_like(norm, self.max_norm), mean + self.deviations * deviation)
         kept = torch.minimum(norm, threshold)  # what was clipped must not raise the threshold
         weight = torch.maximum(1 / (seen + 1), torch.full_like(seen, 1 - self.decay))
