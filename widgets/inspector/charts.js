@@ -15,9 +15,11 @@ Object.assign(View.prototype, {
     const entries = [];
     const line = { x: loss.x, type: "scatter", mode: "lines", name: "loss" };
     const enough = loss.y.length > 20;
+    const weight = 1 - 1 / Math.min(8, Math.max(2, loss.y.length / 40)); // an average over a fortieth of the run hardly lags
+    const smooth = enough ? smoothed(loss.y, weight) : loss.y;
     data.push({ ...line, y: loss.y, line: { color: enough ? faded(ink[0], 0.28) : ink[0], width: enough ? 1 : 1.75 }, hoverinfo: enough ? "skip" : "all" });
-    if (enough) data.push({ ...line, y: smoothed(loss.y, 0.85), line: { color: ink[0], width: 2 } });
-    const latest = loss.y.at(-1) === null ? "not finite" : compact(lastOf({ y: smoothed(loss.y, enough ? 0.85 : 0) }));
+    if (enough) data.push({ ...line, y: smooth, line: { color: ink[0], width: 2 } });
+    const latest = loss.y.at(-1) === null ? "not finite" : compact(lastOf({ y: smooth }));
     entries.push({ colour: ink[0], label: "loss", value: latest });
     let right = false;
     metrics.forEach((metric, i) => {
