@@ -8,7 +8,7 @@ compiled where that pays.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -172,8 +172,7 @@ class AdaptiveGradientClipper:
         if self.state is None:
             self.state = torch.zeros(3, device=norm.device)
         seen, mean, square = self.state.to(norm.device).unbind()
-        # At least a fiftieth of the mean: a threshold that clips every step would else see no spread, and never rise again.
-        deviation = (square - mean * mean).clamp(min=0).sqrt().maximum(mean / 50)
+        deviation = (square - mean * mean).clamp(min=0).sqrt()
         threshold = torch.where(seen < self.warmup, torch.full_like(norm, self.max_norm), mean + self.deviations * deviation)
         kept = torch.minimum(norm, threshold)  # what was clipped must not raise the threshold
         weight = torch.maximum(1 / (seen + 1), torch.full_like(seen, 1 - self.decay))
@@ -224,8 +223,17 @@ class DynamicGraphOptimizer(torch.optim.AdamW):
             lr_value = lr
         super().__init__(params, lr=lr_value, **options)
         self.graph = graph
-        self._compiled = torch.compile(super().step) if graph == "compiled" else None
+        self._update = _unhooked(torch.optim.AdamW.step)
+        if graph == "compiled":
+            self._update = torch.compile(self._update)
 
     def step(self, closure: Any = None) -> Any:
         """One update; the loss that ``closure`` returns, if given."""
-        return self._compiled(closure) if self._compiled is not None else super().step(closure)
+        return self._update(self, closure)
+
+
+def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A class's step without the wrapper that runs hooks: the subclass's own step runs them, and once is enough."""
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    return step
