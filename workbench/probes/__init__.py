@@ -1,81 +1,31 @@
 """Probes: what the Inspector reads of a model while it trains.
 
 :class:`ProbeSet` holds a run's probes: attaches them, arms them on the steps that are read, and brings their readings to the
-host without waiting for the device.
+host without waiting for the device. Configs are light; the rest, which needs torch, is imported on first use.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from workbench.probes.base import EDGES, Probe, StepContext, host_array
 from workbench.probes.config import PROBES, ProbeConfig, ProbesConfig
+
+_EXPORTS = {
+    "EDGES": "workbench.probes.base",
+    "Probe": "workbench.probes.base",
+    "StepContext": "workbench.probes.base",
+    "ProbeSet": "workbench.probes.reading",
+}
 
 __all__ = ["EDGES", "PROBES", "Probe", "ProbeConfig", "ProbeSet", "ProbesConfig", "StepContext"]
 
-Deliver = Callable[[str, int, dict[str, Any]], None]
+if TYPE_CHECKING:
+    from workbench.probes.base import EDGES, Probe, StepContext
+    from workbench.probes.reading import ProbeSet
 
 
-class ProbeSet:
-    """The probes of one rank.
-
-    Args:
-        probes: by name, each with the number of steps between its readings (0 never).
-        deliver: called with (kind, step, columns) for each reading that has arrived.
-    """
-
-    def __init__(self, probes: dict[str, tuple[Probe, int]], deliver: Deliver) -> None:
-        self._probes = [(probe, every) for probe, every in probes.values() if every > 0]
-        self._deliver = deliver
-        self._due: list[Probe] = []
-        self._on_the_way: deque[tuple[Probe, int, Tensor, torch.cuda.Event | None]] = deque()
-        self._detach: list[Callable[[], None]] = []
-
-    def attach(self, model: nn.Module) -> None:
-        """Hook all probes into the model; do so before it is compiled or wrapped."""
-        self._detach = [probe.attach(model) for probe, _ in self._probes]
-
-    def detach(self) -> None:
-        for detach in self._detach:
-            detach()
-        self._detach.clear()
-
-    def begin(self, step: int) -> None:
-        """The step numbered ``step``, from 1, is about to run. The first is always read."""
-        self._due = [probe for probe, every in self._probes if step == 1 or step % every == 0]
-        for probe in self._due:
-            probe.arm()
-
-    def read(self, context: StepContext) -> None:
-        """After the backward pass: start the readings of this step on their way to the host."""
-        for probe in self._due:
-            value = probe.read(context)
-            if value is None:
-                continue
-            if value.is_cuda:
-                host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-                host.copy_(value, non_blocking=True)
-                arrived = torch.cuda.Event()
-                arrived.record()
-                self._on_the_way.append((probe, context.step, host, arrived))
-            else:
-                self._on_the_way.append((probe, context.step, value, None))
-        self._due = []
-        self.collect()
-
-    def collect(self, *, wait: bool = False) -> None:
-        """Deliver what has arrived; with ``wait``, everything."""
-        while self._on_the_way:
-            probe, step, host, arrived = self._on_the_way[0]
-            if arrived is not None:
-                if wait:
-                    arrived.synchronize()
-                elif not arrived.query():
-                    return
-            self._on_the_way.popleft()
-            self._deliver(probe.kind, step, probe.table(step, host_array(host)))
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'workbench.probes' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
