@@ -147,7 +147,15 @@ class _Yaml12(yaml.SafeLoader):
 
 
 class _Yaml12Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes the text ``"1e-3"``, which :class:`_Yaml12` would else read as a number."""
+    """SafeDumper that quotes the text ``"1e-3"``, which :class:`_Yaml12` would else read as a number, and odd line breaks."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    breaks = "\x85\u2028\u2029"  # read back as line breaks unless they are escaped
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if set(value) & set(breaks) else None)
+
+
+_Yaml12Dumper.add_representer(str, _text)
 
 
 for _class in (_Yaml12, _Yaml12Dumper):
