@@ -109,6 +109,19 @@ def one_stage(folder: Path, *cells: str, **settings: Any) -> PipelineConfig:
     return PipelineConfig(folder=str(folder), stages=[{"name": "one", "notebook": "one.ipynb", **settings}])
 
 
+def test_a_config_file_beside_the_pipeline_counts_as_an_input(folder: Path) -> None:
+    (folder / "books").mkdir()
+    cell = MAKE + "from pathlib import Path\noutput(text=Path(config).read_text())"
+    notebook(folder / "books" / "one.ipynb", "config = None", cell)
+    stages = [{"name": "one", "notebook": "books/one.ipynb", "config": "settings.yaml"}]
+    config = PipelineConfig(folder=str(folder), stages=stages)
+    (folder / "settings.yaml").write_text("epochs: 1")
+    assert run_pipeline(config, folder / "out").outputs["one"]["text"] == "epochs: 1"
+    assert run_pipeline(config, folder / "out").skipped == ["one"]
+    (folder / "settings.yaml").write_text("epochs: 2")
+    assert run_pipeline(config, folder / "out").outputs["one"]["text"] == "epochs: 2"
+
+
 def test_a_cell_that_fails_says_so_and_runs_again(folder: Path) -> None:
     config = one_stage(folder, "from pathlib import Path\nassert Path('flag').exists(), 'no flag yet'")
     with pytest.raises(RunError, match=r"'one' failed in cell .*AssertionError: no flag yet.*one\.ipynb"):

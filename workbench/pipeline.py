@@ -183,7 +183,11 @@ def run_pipeline(
         for number, each in enumerate(order, start=1):
             label = f"[{number}/{len(order)}] {each.name}"
             parameters, inputs = _resolve(each.given, found, each.name), _inputs(each, found)
-            work = stage.Stage(folder / each.name, Path(config.folder), each.notebook, [*each.files, *_config_file(each)])
+            files = list(each.files)
+            if isinstance(each.config, str) and not _REFERENCE.search(each.config):
+                files.append(each.config)
+                parameters["config"] = str(Path(config.folder).resolve() / each.config)
+            work = stage.Stage(folder / each.name, Path(config.folder), each.notebook, files)
             mark = work.fingerprint(each.given, inputs)
             if work.done(mark):
                 result.skipped.append(each.name)
@@ -236,10 +240,6 @@ def _inputs(each: StageConfig, found: Mapping[str, Mapping[str, stage.Output]]) 
     """Digests of what the stage takes from others, or of all that they gave when it only waits for them."""
     wanted = {f"{name}.{key}": found[name][key].digest for name, key in _references(each.given) if key in found[name]}
     return wanted | {f"{name}.{key}": made.digest for name in each.needs for key, made in found[name].items()}
-
-
-def _config_file(each: StageConfig) -> list[str]:
-    return [each.config] if isinstance(each.config, str) and not _REFERENCE.search(each.config) else []
 
 
 @contextmanager
