@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -105,6 +105,7 @@ def test_code_builds_the_config_again(config: TrainConfig) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(config=configs(TrainConfig))
+@example(config=TrainConfig(model={"args": {"\x85": None, "a": "\u2028b", "1e5": "1e-3", "yes": "no", "2020-01-01": "~"}}))
 def test_yaml_holds_the_whole_config(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.getbasetemp() / "config.yaml"
     config.to_yaml(file)
