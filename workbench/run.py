@@ -249,7 +249,7 @@ class Run:
             parts.extend(storage.read_segments(folder, kind, seen))
             parts = list(parts)
         if not parts:
-            kinds = sorted({p.name.split("-a")[0] for p in folder.glob("*.arrow")})
+            kinds = sorted({p.name.rsplit("-", 3)[0] for p in folder.glob("*.arrow")})
             if kinds and kind not in ("gradients", "activations", "memory"):
                 raise RunError(f"This run has no readings named {kind!r}.", f"It has: {', '.join(kinds)}.")
             return pd.DataFrame({"step": pd.Series(dtype="int64"), "rank": pd.Series(dtype="int64")})

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -165,7 +166,7 @@ def read_segments(folder: Path, kind: str, seen: set[str]) -> Iterator[tuple[int
     """(attempt, rank, table) of each segment of ``kind`` not yet in ``seen``, which grows by what is read."""
     import pyarrow as pa
 
-    for path in sorted(folder.glob(f"{kind}-a*.arrow")):
+    for path in sorted(folder.glob(f"{glob.escape(kind)}-a[0-9]*-r[0-9]*-s[0-9]*.arrow")):
         if path.name in seen:
             continue
         seen.add(path.name)
