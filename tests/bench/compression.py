@@ -4,7 +4,7 @@
     python -m tests.bench.compression --data cifar10 --folder out/cifar10
 
 Trains, prunes 30 % of the parameters, fine-tunes and keeps the models in ``--folder`` (a GPU pays here); then quantizes and
-compares on the CPU. ``--stage train`` or ``--stage compare`` does one half, so that each may run where it is at home.
+compares on the CPU. ``--stage`` does one part, so that each may run where it is at home.
 """
 
 from __future__ import annotations
@@ -46,15 +46,21 @@ TUNING = {
 }
 
 
-def train_and_prune(name: str, folder: Path) -> None:
-    config = CONFIGS[name]
+def train_baseline(name: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as runs:
-        baseline = train(config, root=runs)
+        baseline = train(CONFIGS[name], root=runs)
         print(f"baseline: {baseline.metrics}", flush=True)
         save_model(baseline.model.cpu(), folder / "baseline")
-        pruned = prune(baseline.model, PruneConfig(ratio=0.3))
-        tuned = train(config.override(TUNING[name]), model=pruned, root=runs)
-        print(f"pruned, tuned: {tuned.metrics}", flush=True)
+
+
+def prune_and_tune(name: str, folder: Path, epochs: int | None) -> None:
+    config = CONFIGS[name].override(TUNING[name] | ({"epochs": epochs} if epochs else {}))
+    if not torch.cuda.is_available():
+        config = config.override({"precision": "bf16" if name == "cifar10" else "fp32"})
+    with tempfile.TemporaryDirectory() as runs:
+        pruned = prune(load_model(folder / "baseline"), PruneConfig(ratio=0.3))
+        tuned = train(config, model=pruned, root=runs)
+        print(f"pruned, tuned for {config.epochs} epochs: {tuned.metrics}", flush=True)
         save_model(tuned.model.cpu(), folder / "pruned")
 
 
@@ -77,14 +83,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", choices=sorted(CONFIGS), default="digits")
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--stage", choices=["both", "train", "compare"], default="both")
+    parser.add_argument("--stage", choices=["all", "train", "prune", "compare"], default="all")
+    parser.add_argument("--tuning-epochs", type=int, help="epochs after pruning, by default the recipe's")
     parser.add_argument("--limit", type=int, help="held-out samples to compare on, by default all")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     folder = arguments.folder or Path("out") / f"compression-{arguments.data}"
-    if arguments.stage in ("both", "train"):
-        train_and_prune(arguments.data, folder)
-    if arguments.stage in ("both", "compare"):
+    if arguments.stage in ("all", "train"):
+        train_baseline(arguments.data, folder)
+    if arguments.stage in ("all", "prune"):
+        prune_and_tune(arguments.data, folder, arguments.tuning_epochs)
+    if arguments.stage in ("all", "compare"):
         quantize_and_compare(arguments.data, folder, arguments.limit)
 
 
