@@ -96,7 +96,9 @@ class Run:
             for name in ("attempts", "events", "readings", "commands", "checkpoints", "logs", "source"):
                 (path / name).mkdir()
         except OSError as error:
-            raise RunError(f"The run folder {path} cannot be made: {error.strerror}.", "Set WORKBENCH_RUNS to a folder of yours.") from error
+            raise RunError(
+                f"The run folder {path} cannot be made: {error.strerror}.", "Set WORKBENCH_RUNS to a folder of yours."
+            ) from error
         storage.write_atomic(path / "config.yaml", f"kind: {config.kind}\n{config.to_yaml()}")
         return cls(path)
 
@@ -115,13 +117,17 @@ class Run:
         if len(matches) == 1:
             return cls(matches[0].resolve())
         detail = f"{len(matches)} runs start so" if matches else "no config.yaml there"
-        raise RunError(f"There is no run {str(path)!r} ({detail}).", f"Runs lie under {runs_folder()}; `workbench runs` lists them.")
+        raise RunError(
+            f"There is no run {str(path)!r} ({detail}).", f"Runs lie under {runs_folder()}; `workbench runs` lists them."
+        )
 
     @classmethod
     def all(cls, root: str | os.PathLike[str] | None = None) -> list[Self]:
         """Every run, newest first."""
         parent = Path(root) if root is not None else runs_folder()
-        found = sorted((p.parent for p in parent.glob("*/config.yaml")), key=lambda p: p.name, reverse=True)
+        # The name tells the second; runs made within one are told apart by when their config was written.
+        configs = sorted(parent.glob("*/config.yaml"), key=lambda p: (p.parent.name[:15], p.stat().st_mtime_ns), reverse=True)
+        found = [path.parent for path in configs]
         return [cls(path.resolve()) for path in found]
 
     # -- reading --------------------------------------------------------------------------------------------------
@@ -226,7 +232,13 @@ class Run:
                 for offset, (loss, lr) in enumerate(zip(event.loss, event.lr, strict=True)):
                     step = event.first + offset
                     value = float("nan") if loss is None else loss
-                    rows[step] = {"step": step, "epoch": event.epoch, "loss": value, "lr": lr, "samples_per_s": event.samples_per_s}
+                    rows[step] = {
+                        "step": step,
+                        "epoch": event.epoch,
+                        "loss": value,
+                        "lr": lr,
+                        "samples_per_s": event.samples_per_s,
+                    }
             elif isinstance(event, events.Evaluated) and event.step in rows:
                 rows[event.step].update(event.metrics)
         frame = pd.DataFrame([rows[step] for step in sorted(rows)])
@@ -320,7 +332,10 @@ class Run:
             raise RunError(f"There is no command {name!r}.", f"Commands: {', '.join(COMMANDS)}.")
         status = self.status
         if status in TERMINAL or status == "created":
-            raise RunError(f"The run {self.id} is {status}, so it cannot {name}.", "resume() starts it again." if status != "finished" else "")
+            raise RunError(
+                f"The run {self.id} is {status}, so it cannot {name}.",
+                "resume() starts it again." if status != "finished" else "",
+            )
         identifier = f"{time.time_ns():020d}-{secrets.token_hex(3)}"
         content = json.dumps({"id": identifier, "name": name, "settings": settings})
         storage.write_atomic(self.path / "commands" / f"{identifier}.json", content)

@@ -81,20 +81,21 @@ def prepare(
     Raises:
         RunError: a file that the config names is missing, or the model cannot be stored.
     """
-    from workbench.training import repro
-    from workbench.training.session import copy_sources, write_replay
+    from workbench.training import repro, sources
 
     if not isinstance(config, TrainConfig):
-        raise RunError(f"config is a {type(config).__name__}, not a TrainConfig.", "Build one: TrainConfig(data={'name': 'digits'}, …).")
+        raise RunError(
+            f"config is a {type(config).__name__}, not a TrainConfig.", "Build one: TrainConfig(data={'name': 'digits'}, …)."
+        )
     if model is not None:
-        config = config.override({"model.name": repro.MODEL})
+        config = config.override({"model.name": sources.MODEL})
     run = Run.create(config, label=config.title, root=root)
-    copy_sources(config, run.path)
+    sources.copy_sources(config, run.path)
     if model is not None:
         from workbench.artefact import save_model
 
-        save_model(model, run.path / repro.MODEL)
+        save_model(model, run.path / sources.MODEL)
     if replay:
-        write_replay(run.path, replay)
+        sources.write_replay(run.path, replay)
     repro.write_code(run.path, config)
     return run

@@ -21,7 +21,12 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from workbench.distributed import World, barrier
 from workbench.errors import RunError
@@ -124,7 +129,9 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, extra: di
     }
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+def restore(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor], world: World
+) -> dict[str, Tensor]:
     """Load a checkpoint into model, optimizer and random generators; all ranks call it.
 
     Ranks that the checkpoint does not know keep the random states they have.

@@ -25,7 +25,9 @@ class CheckpointConfig(Config):
 class MeshConfig(Config):
     """How ranks share the work."""
 
-    replicate: Literal["all"] | int = Field("all", description="Ranks that hold a whole copy of the model (data parallel); all ranks.")
+    replicate: Literal["all"] | int = Field(
+        "all", description="Ranks that hold a whole copy of the model (data parallel); all ranks."
+    )
 
 
 class TrainConfig(Config):
@@ -45,24 +47,48 @@ class TrainConfig(Config):
     clip: ClipConfig = Field(ClipConfig(), description="Gradient clipping.")
 
     epochs: int = Field(3, ge=1, le=100_000, description="Passes over the training samples.")
-    max_steps: int | None = Field(None, ge=1, description="End after so many optimizer steps, though epochs are left.", json_schema_extra=hint(advanced=True))
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        description="End after so many optimizer steps, though epochs are left.",
+        json_schema_extra=hint(advanced=True),
+    )
     precision: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = Field(
-        "auto", description="Arithmetic of matrix products and convolutions; weights stay fp32. auto: bf16 on accelerators that have it, else fp32."
+        "auto",
+        description="Arithmetic of matrix products and convolutions; weights stay fp32. auto: bf16 on accelerators that have it, else fp32.",
     )
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = Field(
-        "off", description="torch.compile the model: off, or its mode; auto: default on an accelerator when the run is long enough to pay for it."
+        "off",
+        description="torch.compile the model: off, or its mode; auto: default on an accelerator when the run is long enough to pay for it.",
     )
-    channels_last: bool = Field(True, description="Store images and convolution weights channels-last, as tensor cores and CPUs prefer.", json_schema_extra=hint(advanced=True))
+    channels_last: bool = Field(
+        True,
+        description="Store images and convolution weights channels-last, as tensor cores and CPUs prefer.",
+        json_schema_extra=hint(advanced=True),
+    )
     accumulate: int = Field(1, ge=1, description="Micro-steps per optimizer step: each takes its share of data.batch_size.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto: CUDA if there is any.")
     mesh: MeshConfig = Field(MeshConfig(), description="How ranks share the work.", json_schema_extra=hint(advanced=True))
     seed: int = Field(0, ge=0, lt=2**31, description="Of weights, order, augmentation and dropout.")
-    deterministic: bool = Field(False, description="Only algorithms that repeat bit for bit (slower on CUDA; CPUs repeat anyway).", json_schema_extra=hint(advanced=True))
+    deterministic: bool = Field(
+        False,
+        description="Only algorithms that repeat bit for bit (slower on CUDA; CPUs repeat anyway).",
+        json_schema_extra=hint(advanced=True),
+    )
 
     probes: ProbesConfig = Field(ProbesConfig(), description="What the Inspector reads.", json_schema_extra=hint(advanced=True))
-    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When the state is saved.", json_schema_extra=hint(advanced=True))
-    log_every: int = Field(10, ge=1, description="Optimizer steps per line of the journal; it holds the loss of every one.", json_schema_extra=hint(advanced=True))
-    eval_every: int = Field(1, ge=0, description="Epochs between evaluations; 0 only at the end.", json_schema_extra=hint(advanced=True))
+    checkpoint: CheckpointConfig = Field(
+        CheckpointConfig(), description="When the state is saved.", json_schema_extra=hint(advanced=True)
+    )
+    log_every: int = Field(
+        10,
+        ge=1,
+        description="Optimizer steps per line of the journal; it holds the loss of every one.",
+        json_schema_extra=hint(advanced=True),
+    )
+    eval_every: int = Field(
+        1, ge=0, description="Epochs between evaluations; 0 only at the end.", json_schema_extra=hint(advanced=True)
+    )
     label: str = Field("", max_length=60, description="Name for people; by default model and data.")
 
     @field_validator("compile", mode="before")

@@ -37,7 +37,9 @@ def decide_precision(config: TrainConfig, device: torch.device, decisions: Decis
     wanted = config.precision
     if device.type == "cpu":
         if wanted == "tf32":
-            raise DeviceError("precision='tf32' needs an NVIDIA GPU of compute capability 8.0 or above.", "Take fp32 or bf16 on a CPU.")
+            raise DeviceError(
+                "precision='tf32' needs an NVIDIA GPU of compute capability 8.0 or above.", "Take fp32 or bf16 on a CPU."
+            )
         if wanted == "fp16":
             raise DeviceError("precision='fp16' trains on CUDA only: CPUs have no fast fp16 arithmetic.", "Take bf16 or fp32.")
         if wanted == "auto":
@@ -69,7 +71,9 @@ def decide_every(name: str, every: int | str, device: torch.device, total_steps:
     setting = f"probes.{name}.every"
     spread = max(1, total_steps // 200)
     if name == "memory":
-        return int(decisions.decide(setting, spread if device.type == "cpu" else max(10, spread), "counters on the host cost nothing"))
+        return int(
+            decisions.decide(setting, spread if device.type == "cpu" else max(10, spread), "counters on the host cost nothing")
+        )
     if device.type == "cuda":
         return int(decisions.decide(setting, max(50, spread), "on a GPU one reading in 50 steps costs about 1 % of the time"))
     return int(decisions.decide(setting, max(spread, 5), "on a CPU one reading in 5 steps or rarer, 200 over the run"))

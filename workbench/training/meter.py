@@ -16,7 +16,6 @@ from torch import Tensor
 
 from workbench.distributed import World, mean_over_ranks
 
-
 PATIENCE = 0.4
 """Seconds after which a window is closed though it is not full."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -26,9 +25,8 @@ from workbench.losses import check_labels, check_output, make_loss, takes_labels
 from workbench.models import build_model
 from workbench.probes import PROBES, Probe, ProbeSet
 from workbench.registry import find_source
-from workbench.run import Replay, Run
-from workbench.storage import write_atomic
-from workbench.training import decisions, repro
+from workbench.run import Run
+from workbench.training import decisions, environment, repro, sources
 from workbench.training.checkpoint import random_state, set_random_state
 from workbench.training.config import TrainConfig
 from workbench.training.control import Command, Control
@@ -60,7 +58,7 @@ def execute(run: Run, attempt: int, *, data: Any = None) -> Trainer:
             world = stack.enter_context(process_group(config.device))
             recorder = Recorder(run.path, attempt, world.rank)
             stack.callback(recorder.close)
-            control = Control(run.path, world, read_replay(run.path))
+            control = Control(run.path, world, _replay(run.path))
             stack.callback(control.close)
             with _flags(config), _interruptible(control):
                 trainer = _build(config, run, recorder, control, world, data)
@@ -119,7 +117,7 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
         trainer.restore(run.checkpoints[-1])
     if world.main:
         decided.write(run.path)
-        repro.write_environment(run.path, world)
+        environment.write_environment(run.path, world)
         recorder.emit(
             events.AttemptStarted(
                 step=trainer.step,
@@ -163,7 +161,9 @@ def _check_model(model: nn.Module, batches: Batches, config: TrainConfig, precis
         ) from error
     finally:
         model.train()
-    check_output(make_loss(config.loss), output.float().cpu() if isinstance(output, torch.Tensor) else output, y.cpu(), config.loss)
+    check_output(
+        make_loss(config.loss), output.float().cpu() if isinstance(output, torch.Tensor) else output, y.cpu(), config.loss
+    )
     if takes_labels(config.loss, output, y):
         batches.watch(partial(check_labels, classes=output.shape[1], config=config.loss))
 
@@ -193,7 +193,9 @@ def in_words(error: BaseException, config: TrainConfig) -> BaseException:
             advice.append("data.placement=loader")
         advice.append(f"data.batch_size={max(1, config.data.batch_size // 2)}")
         short = text.split(". ")[0]
-        return MemoryExhausted(f"Out of memory with data.batch_size={config.data.batch_size}: {short}.", "Try " + ", or ".join(advice) + ".")
+        return MemoryExhausted(
+            f"Out of memory with data.batch_size={config.data.batch_size}: {short}.", "Try " + ", or ".join(advice) + "."
+        )
     if isinstance(error, KeyboardInterrupt):
         return RunError("Interrupted.", "resume() goes on from the last checkpoint.")
     return error
@@ -242,30 +244,5 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def write_replay(folder: Path, replay: Replay) -> None:
-    """Keep the commands to repeat beside the run, for every process and attempt of it."""
-    write_atomic(folder / "replay.json", json.dumps(replay))
-
-
-def read_replay(folder: Path) -> list[tuple[int, Command]]:
-    path = folder / "replay.json"
-    pairs = json.loads(path.read_bytes()) if path.exists() else []
-    return [(step, Command(name, settings)) for step, name, settings in pairs]
-
-
-def copy_sources(config: TrainConfig, folder: Path) -> None:
-    """Keep the Python files that the config names beside the run, so that later edits don't change what it was.
-
-    Raises:
-        RunError: a file is missing, or two of one name differ.
-    """
-    for name in (config.model.name, config.data.name, config.loss.name, config.optim.name):
-        path = Path(name.partition(":")[0])
-        if path.suffix != ".py":
-            continue
-        target = folder / "source" / path.name
-        if not path.is_file():
-            raise RunError(f"The file {str(path)!r}, named by {name!r}, does not exist.", "Check the path.")
-        if target.exists() and target.read_bytes() != path.read_bytes():
-            raise RunError(f"Two different files are named {path.name}.", "Rename one of them.")
-        target.write_bytes(path.read_bytes())
+def _replay(folder: Path) -> list[tuple[int, Command]]:
+    return [(step, Command(name, settings)) for step, name, settings in sources.read_replay(folder)]

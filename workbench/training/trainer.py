@@ -224,7 +224,9 @@ class Trainer:
             self.clipper.state = extra["clipper"].to(self.world.device)
         if "scaler" in extra:
             scale, growth = extra["scaler"].tolist()
-            self.precision.scaler.load_state_dict({**self.precision.scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)})
+            self.precision.scaler.load_state_dict(
+                {**self.precision.scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)}
+            )
 
     def _extra(self) -> dict[str, Tensor]:
         """Tensors of the state beside model, optimizer and random generators; a template before the first step."""
