@@ -1,0 +1,49 @@
+"""What a run was given beside its config, kept in its folder: Python files, a model, commands to repeat."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from workbench.errors import RunError
+from workbench.run import Replay
+from workbench.storage import write_atomic
+from workbench.training.config import TrainConfig
+
+MODEL = "source/model"
+"""Where a run folder keeps the module that a run was given."""
+
+
+def copy_sources(config: TrainConfig, folder: Path) -> None:
+    """Keep the Python files that the config names beside the run, so that later edits don't change what it was.
+
+    Raises:
+        RunError: a file is missing, or two of one name differ.
+    """
+    for name in (config.model.name, config.data.name, config.loss.name, config.optim.name):
+        path = Path(name.partition(":")[0])
+        if path.suffix != ".py":
+            continue
+        target = folder / "source" / path.name
+        if not path.is_file():
+            raise RunError(f"The file {str(path)!r}, named by {name!r}, does not exist.", "Check the path.")
+        if target.exists() and target.read_bytes() != path.read_bytes():
+            raise RunError(f"Two different files are named {path.name}.", "Rename one of them.")
+        target.write_bytes(path.read_bytes())
+
+
+def kept_name(name: str) -> str:
+    """Where the run folder keeps the Python file that an import path names; other names as they are."""
+    location, colon, attribute = name.partition(":")
+    return f"source/{Path(location).name}{colon}{attribute}" if location.endswith(".py") else name
+
+
+def write_replay(folder: Path, replay: Replay) -> None:
+    """Keep the commands to repeat beside the run, for every process and attempt of it."""
+    write_atomic(folder / "replay.json", json.dumps(replay))
+
+
+def read_replay(folder: Path) -> Replay:
+    """The commands to repeat, by step; empty without any."""
+    path = folder / "replay.json"
+    return [(step, name, settings) for step, name, settings in json.loads(path.read_bytes())] if path.exists() else []
