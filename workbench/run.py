@@ -10,18 +10,16 @@ import json
 import os
 import secrets
 import statistics
-import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import ValidationError
-
-from workbench import events, launcher, storage
+from workbench import launcher, storage
 from workbench.config import Config, load_yaml
-from workbench.errors import RunError, WorkbenchError
+from workbench.errors import RunError
+from workbench.events import Evaluated, Event, Finding, Steps
+from workbench.journal import JournalReader, Progress, ReadingsReader, history_of, progress_of
 from workbench.registry import load_object
 
 if TYPE_CHECKING:
@@ -39,21 +37,6 @@ def runs_folder() -> Path:
     return Path(os.environ.get("WORKBENCH_RUNS") or "runs").expanduser().resolve()
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is. ``eta`` is in seconds, None before the rate is known."""
-
-    step: int
-    total_steps: int
-    epoch: int
-    samples_per_s: float | None
-    eta: float | None
-
-    @property
-    def fraction(self) -> float:
-        return self.step / self.total_steps if self.total_steps else 0.0
-
-
 class Run:
     """A run folder, read live.
 
@@ -67,9 +50,8 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._journal = _JournalReader(path / "events")
-        self._segments: dict[str, tuple[set[str], list[tuple[int, int, Any]]]] = {}
-        self._lock = threading.Lock()
+        self._journal = JournalReader(path / "events")
+        self._readings = ReadingsReader(path / "readings")
 
     def __repr__(self) -> str:
         return f"Run({self.path.name!r}, status={self.status!r}, step={self.progress.step})"
@@ -136,7 +118,9 @@ class Run:
     def config(self) -> Any:
         """The config as given, e.g. a :class:`workbench.TrainConfig`."""
         values = load_yaml((self.path / "config.yaml").read_text(), str(self.path / "config.yaml"))
-        kind = values.pop("kind")
+        kind = values.pop("kind", None)
+        if kind not in KINDS:
+            raise RunError(f"The run {self.id} is of the unknown kind {kind!r}.", f"This version knows: {', '.join(KINDS)}.")
         return load_object(KINDS[kind])(**values)
 
     @property
@@ -146,7 +130,7 @@ class Run:
         return load_yaml(path.read_text(), str(path)) if path.exists() else {}
 
     @property
-    def events(self) -> list[events.Event]:
+    def events(self) -> list[Event]:
         """Everything rank 0 said that still counts: steps undone by a restart are left out."""
         return self._journal.valid()
 
@@ -184,7 +168,7 @@ class Run:
         return "hung" if heartbeat and self._overdue(heartbeat) else "running"
 
     def _overdue(self, heartbeat: launcher.Heartbeat) -> bool:
-        windows = [e for e in self.events if isinstance(e, events.Steps)][-20:]
+        windows = [e for e in self.events if isinstance(e, Steps)][-20:]
         pace = [(b.time - a.time) / len(b.loss) for a, b in zip(windows, windows[1:], strict=False) if b.loss]
         return bool(pace) and time.time() - heartbeat.step_time > max(120.0, 50 * statistics.median(pace))
 
@@ -203,49 +187,12 @@ class Run:
     @property
     def progress(self) -> Progress:
         """Steps done, steps in all, rate, time left."""
-        step = epoch = total = 0
-        rate = None
-        windows: list[events.Steps] = []
-        for event in self.events:
-            if isinstance(event, events.AttemptStarted):
-                total, step = event.total_steps, event.step
-                windows.clear()
-            elif isinstance(event, events.Steps):
-                step, epoch = event.step, event.epoch
-                rate = event.samples_per_s or rate
-                windows.append(event)
-        eta = None
-        if len(windows) > 1 and total:
-            recent = windows[-20:]
-            elapsed = recent[-1].time - recent[0].time
-            eta = (total - step) * elapsed / max(1, recent[-1].step - recent[0].step)
-        return Progress(step, total, epoch, rate, eta)
+        return progress_of(self.events)
 
     @property
     def history(self) -> pd.DataFrame:
         """One row a step: ``step, epoch, loss, lr, samples_per_s``, and each metric of the evaluation after that step."""
-        import pandas as pd
-
-        rows: dict[int, dict[str, Any]] = {}
-        for event in self.events:
-            if isinstance(event, events.Steps):
-                for offset, (loss, lr) in enumerate(zip(event.loss, event.lr, strict=True)):
-                    step = event.first + offset
-                    value = float("nan") if loss is None else loss
-                    rows[step] = {
-                        "step": step,
-                        "epoch": event.epoch,
-                        "loss": value,
-                        "lr": lr,
-                        "samples_per_s": event.samples_per_s,
-                    }
-            elif isinstance(event, events.Evaluated) and event.step in rows:
-                rows[event.step].update(event.metrics)
-        frame = pd.DataFrame([rows[step] for step in sorted(rows)])
-        for column in ("step", "epoch", "loss", "lr", "samples_per_s", "accuracy"):
-            if column not in frame:
-                frame[column] = pd.Series(dtype="int64" if column in ("step", "epoch") else "float64")
-        return frame
+        return history_of(self.events)
 
     def readings(self, kind: str) -> pd.DataFrame:
         """What a probe read, all ranks: ``"gradients"``, ``"activations"`` or ``"memory"``; one row a step, rank and layer.
@@ -253,35 +200,17 @@ class Run:
         Raises:
             RunError: no probe of that name has written anything, though others have.
         """
-        import pandas as pd
-
-        folder = self.path / "readings"
-        with self._lock:
-            seen, parts = self._segments.setdefault(kind, (set(), []))
-            parts.extend(storage.read_segments(folder, kind, seen))
-            parts = list(parts)
-        if not parts:
-            kinds = sorted({p.name.rsplit("-", 3)[0] for p in folder.glob("*.arrow")})
-            if kinds and kind not in ("gradients", "activations", "memory"):
-                raise RunError(f"This run has no readings named {kind!r}.", f"It has: {', '.join(kinds)}.")
-            return pd.DataFrame({"step": pd.Series(dtype="int64"), "rank": pd.Series(dtype="int64")})
-        limit = self._journal.limits()
-        frames = []
-        for attempt, rank, table in parts:
-            frame = table.to_pandas()
-            frame.insert(1, "rank", rank)
-            frames.append(frame[frame["step"] <= limit.get(attempt, float("inf"))])
-        return pd.concat(frames, ignore_index=True).sort_values(["step", "rank"], kind="stable", ignore_index=True)
+        return self._readings.frame(kind, self._journal.limits())
 
     @property
     def metrics(self) -> dict[str, float]:
         """Metrics of the last evaluation."""
-        return next((e.metrics for e in reversed(self.events) if isinstance(e, events.Evaluated)), {})
+        return next((e.metrics for e in reversed(self.events) if isinstance(e, Evaluated)), {})
 
     @property
-    def findings(self) -> list[events.Finding]:
+    def findings(self) -> list[Finding]:
         """What was noticed about the run, in words."""
-        return [e for e in self.events if isinstance(e, events.Finding)]
+        return [e for e in self.events if isinstance(e, Finding)]
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -430,52 +359,3 @@ def launch(
     run: Run = load_object("workbench.training:prepare")(config, model=model, root=root, replay=replay)
     launcher.spawn(run.path, nproc)
     return run
-
-
-class _JournalReader:
-    """Events of rank 0, parsed once, from a byte cursor."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._path = folder / "rank-00000.jsonl"
-        self._cursor = 0
-        self._events: list[events.Event] = []
-        self._lock = threading.Lock()
-
-    def all(self) -> list[events.Event]:
-        """Every event so far; a new list, which the caller may keep while other threads read on."""
-        with self._lock:
-            lines, cursor = storage.read_lines(self._path, self._cursor)
-            self._events += _parsed(lines, self._path)
-            self._cursor = cursor
-            return list(self._events)
-
-    def failures(self, attempt: int) -> list[events.Failed]:
-        """Why an attempt failed, as each rank saw it."""
-        said = self.all()
-        for path in sorted(self._folder.glob("rank-*.jsonl")):
-            if path != self._path:
-                said += _parsed(storage.read_lines(path)[0], path)
-        return [event for event in said if isinstance(event, events.Failed) and event.attempt == attempt]
-
-    def limits(self) -> dict[int, float]:
-        """By attempt, the last step that still counts: a later attempt that started earlier undid what came after."""
-        starts = [(e.attempt, e.step) for e in self.all() if e.type == "attempt_started"]
-        return {attempt: min((s for a, s in starts if a > attempt), default=float("inf")) for attempt, _ in starts}
-
-    def valid(self) -> list[events.Event]:
-        everything, limits = self.all(), self.limits()
-        return [e for e in everything if e.step <= limits.get(e.attempt, float("inf"))]
-
-
-def _parsed(lines: list[bytes], path: Path) -> list[events.Event]:
-    """Events of a journal's lines; kinds that only a newer workbench knows are passed over."""
-    found: list[events.Event] = []
-    for line in lines:
-        try:
-            found.append(events.EVENT.validate_json(line))
-        except ValidationError as error:
-            if error.errors()[0]["type"] == "union_tag_invalid":
-                continue
-            raise WorkbenchError(f"{path} holds a line that is not an event: {line[:80]!r}.", str(error)) from error
-    return found
