@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +83,10 @@ def check_output(loss: Callable[[Any, Any], Any], output: Any, target: Any, conf
     if takes_labels(config, output, target):
         check_labels(target, output.shape[1], config)
     try:
-        value = loss(output, target)
+        with warnings.catch_warnings():
+            # [B, 1] against [B] broadcasts to [B, B]: PyTorch warns, and trains something else.
+            warnings.filterwarnings("error", message="Using a target size")
+            value = loss(output, target)
     except Exception as error:
         raise ModelError(
             f"The model's output, {_describe(output)}, does not fit the loss {name!r} with targets {_describe(target)}: {error}",
