@@ -1,0 +1,255 @@
+"""One contract per kind of plug-in, over every registered one: what is added later is held to it with no change here."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from workbench import TrainConfig, train
+from workbench.artefact import load_model, save_model
+from workbench.data.augment import Draw
+from workbench.data.cards import card_names, data_folder, read_card
+from workbench.data.config import AUGMENTATIONS, DataConfig
+from workbench.data.splits import Arrays, load_splits
+from workbench.losses import LOSSES, LossConfig, make_loss
+from workbench.models import MODELS, ModelConfig, build_model
+from workbench.optim import make_optimizer
+from workbench.optim_config import OPTIMIZERS, OptimConfig
+from workbench.probes import PROBES, ProbeConfig, StepContext
+from workbench.registry import load_object
+
+# -- losses ---------------------------------------------------------------------------------------------------------
+
+
+def example(name: str) -> tuple[Tensor, Tensor]:
+    """Output and target in float64 that the loss takes: labels, or numbers of the output's shape in [0, 1]."""
+    torch.manual_seed(0)
+    output, labels, numbers = torch.randn(8, 5, dtype=torch.float64), torch.randint(5, (8,)), torch.rand(8, 5, dtype=torch.float64)
+    loss = make_loss(LossConfig(name=name))
+    for target in (labels, numbers):
+        try:
+            loss(output, target)
+        except (RuntimeError, ValueError, TypeError, IndexError, UserWarning):  # warnings are errors here
+            continue
+        return output.log_softmax(1) if name == "nll" else output, target
+    raise AssertionError(f"the loss {name} takes neither labels nor numbers")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_the_mean_over_the_batch_and_has_its_gradient(name: str) -> None:
+    output, target = example(name)
+    loss = make_loss(LossConfig(name=name))
+    value = loss(output, target)
+    assert value.shape == () and torch.isfinite(value)
+    halves = (loss(output[:4], target[:4]) + loss(output[4:], target[4:])) / 2
+    torch.testing.assert_close(halves, value)  # what accumulation and ranks rely on
+    assert torch.autograd.gradcheck(lambda x: loss(x, target), output.clone().requires_grad_())
+
+
+# -- optimizers -----------------------------------------------------------------------------------------------------
+
+
+def quadratic(model: nn.Module) -> Tensor:
+    torch.manual_seed(1)
+    x = torch.randn(32, 4)
+    found: Tensor = (model(x) - x.sum(1, keepdim=True)).square().mean()
+    return found
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_descends_and_goes_on_from_its_state_bit_for_bit(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    optimizer = make_optimizer(model, OptimConfig(name=name, lr=0.01))
+    start = quadratic(model).item()
+    saved: Any = None
+    for step in range(40):
+        if step == 20:
+            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        optimizer.zero_grad()
+        quadratic(model).backward()
+        optimizer.step()
+    assert quadratic(model).item() < start
+    other = nn.Linear(4, 1)
+    resumed = make_optimizer(other, OptimConfig(name=name, lr=0.01))
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    for _ in range(20):
+        resumed.zero_grad()
+        quadratic(other).backward()
+        resumed.step()
+    assert torch.equal(other.weight, model.weight) and torch.equal(other.bias, model.bias)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_trains_by_its_name(name: str) -> None:
+    config = TrainConfig(
+        data={"name": "digits", "limit": 256, "batch_size": 64},
+        model={"name": "mlp", "args": {"widths": [16]}},
+        optim={"name": name, "lr": 0.01},
+        epochs=3,
+        device="cpu",
+    )
+    losses = train(config).run.history["loss"]
+    assert losses.iloc[-1] < losses.iloc[0]
+
+
+# -- augmentations --------------------------------------------------------------------------------------------------
+
+
+def augmented(name: str, x: Tensor, part: slice, seed: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    found: Tensor = AUGMENTATIONS.factory(name)(x[part].clone(), Draw(generator, len(x), part))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 10, 14)])
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_an_augmentation_draws_per_sample_the_same_however_the_batch_is_split(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randint(1, 255, (24, *shape), generator=torch.Generator().manual_seed(0)).to(dtype)
+    whole = augmented(name, x, slice(0, 24))
+    assert whole.shape == x.shape and whole.dtype == x.dtype
+    for parts in (2, 3, 8):
+        size = 24 // parts
+        split = [augmented(name, x, slice(start, start + size)) for start in range(0, 24, size)]
+        assert torch.equal(torch.cat(split), whole)
+    assert torch.equal(augmented(name, x, slice(0, 24)), whole)
+    assert not torch.equal(augmented(name, x, slice(0, 24), seed=4), whole)
+    same = x[:1].expand(24, *shape).contiguous()
+    assert len({sample.numpy().tobytes() for sample in augmented(name, same, slice(0, 24))}) > 1  # each sample its own draw
+    assert whole.min() >= 0 and whole.max() <= 255
+
+
+# -- probes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_probe_reads_tables_and_leaves_no_trace(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    x = torch.randn(5, 1, 8, 8)
+    before = model(x)
+    probe = PROBES.create(name, ProbeConfig(every=1))
+    detach = probe.attach(model)
+    tables = []
+    for step in (1, 2):
+        model.zero_grad(set_to_none=True)
+        probe.arm()
+        output = model(x)
+        assert torch.equal(output, before)
+        output.square().mean().backward()
+        value = probe.read(StepContext(step))
+        assert isinstance(value, Tensor)
+        tables.append(probe.table(step, value.numpy()))
+    for step, table in zip((1, 2), tables, strict=True):
+        lengths = {len(column) for column in table.values()}
+        assert len(lengths) == 1 and lengths != {0}
+        assert set(table["step"]) == {step}
+    if name != "memory":  # the same step read twice is the same reading: nothing is left over from the first
+        assert all(str(tables[0][column]) == str(tables[1][column]) for column in tables[0] if column != "step")
+    detach()
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+    assert not any(p._backward_hooks for p in model.parameters())
+    assert torch.equal(model(x), before)
+
+
+def test_every_probe_is_read_from_the_run() -> None:
+    config = TrainConfig(
+        data={"name": "digits", "limit": 128, "batch_size": 64}, model={"name": "mlp", "args": {"widths": [8]}}, device="cpu", epochs=1
+    )
+    run = train(config).run
+    for name in config.probes.by_name():
+        frame = run.readings(name)
+        assert len(frame) and {"step", "rank"} <= set(frame.columns)
+
+
+# -- models ---------------------------------------------------------------------------------------------------------
+
+
+def narrow(name: str) -> dict[str, Any]:
+    """Arguments that make a model of the workbench's own small enough for a test."""
+    declared = inspect.signature(MODELS.factory(name)).parameters
+    if "width" in declared:
+        return {"width": 4}
+    return {"widths": [8, 8], **({"groups": 4} if "groups" in declared else {}), **({"size": 8} if "size" in declared else {})}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_builds_trains_and_comes_back_from_disk(name: str, tmp_path: Path) -> None:
+    config = TrainConfig(
+        data={"name": "digits", "limit": 64, "batch_size": 32},
+        model={"name": name, "args": narrow(name)},
+        max_steps=2,
+        device="cpu",
+        checkpoint={"every_epochs": 0},
+    )
+    result = train(config)
+    assert result.metrics["val_loss"] > 0
+    gradients = result.run.readings("gradients")
+    named = {n for n, p in result.model.named_parameters() if p.requires_grad}
+    assert set(gradients["layer"]) == named and (gradients["norm"] > 0).any()
+    x = torch.randn(3, 1, 8, 8)
+    expected = result.model(x)
+    assert expected.shape == (3, 10)
+    assert torch.equal(result.run.load_model()(x), expected)
+    save_model(result.model, tmp_path / "model")
+    assert torch.equal(load_model(tmp_path / "model")(x), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_takes_classes_and_channels_and_does_not_mix_samples(name: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(name=name, num_classes=7, in_channels=2, args=narrow(name))).eval()
+    x = torch.randn(4, 2, 8, 8)
+    whole = model(x)
+    assert whole.shape == (4, 7) and torch.isfinite(whole).all()
+    torch.testing.assert_close(torch.cat([model(x[:1]), model(x[1:])]), whole, rtol=1e-4, atol=1e-5)
+    assert build_model(ModelConfig(name=name, num_classes=7, in_channels=2, args=narrow(name))).training
+
+
+# -- data cards -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", card_names())
+def test_a_card_tells_where_its_data_comes_from(name: str) -> None:
+    card = read_card(name)
+    for text in (card.title, card.source, card.licence, card.task):
+        assert text.strip()
+    assert callable(load_object(card.loader))
+    assert len(set(card.classes)) == len(card.classes)
+    assert set(card.augment) <= set(AUGMENTATIONS)
+    assert len(card.mean) == len(card.std) and (not card.mean or len(card.mean) == card.shape[0])
+    assert all(len(facts["sha256"]) == 64 for facts in card.files.values())
+
+
+@pytest.mark.parametrize("name", card_names())
+def test_data_is_as_its_card_says(name: str) -> None:
+    card = read_card(name)
+    missing = [path for path in card.files if not (data_folder() / path).is_file()]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not below {data_folder()} (WORKBENCH_DATA)")
+    for path, facts in card.files.items():
+        with (data_folder() / path).open("rb") as file:
+            assert hashlib.file_digest(file, "sha256").hexdigest() == facts["sha256"], path
+    splits = load_splits(DataConfig(name=name))
+    for split, part in (("train", splits.train), ("eval", splits.eval)):
+        assert len(part) == card.samples[split]  # type: ignore[arg-type]
+        if isinstance(part, Arrays) and card.classes:
+            assert set(part.y.unique().tolist()) == set(range(len(card.classes)))
+            assert tuple(part.x.shape[1:]) == card.shape
+    if isinstance(splits.train, Arrays) and splits.train.x.dtype == torch.uint8:
+        x = splits.train.x.double() / 255
+        assert x.mean((0, 2, 3)).tolist() == pytest.approx(card.mean, abs=2e-3)
+        assert x.std((0, 2, 3)).tolist() == pytest.approx(card.std, abs=2e-3)
+    if isinstance(splits.train, Arrays) and isinstance(splits.eval, Arrays):
+        seen = {sample.numpy().tobytes() for sample in splits.train.x}
+        shared = sum(sample.numpy().tobytes() in seen for sample in splits.eval.x)
+        assert shared <= len(splits.eval) // 100  # held-out samples are held out
