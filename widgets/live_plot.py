@@ -23,8 +23,8 @@ from typing import Any
 import anywidget
 import numpy as np
 import traitlets
-from ipywidgets import Widget
 
+from widgets.comm import answer_while_busy
 from widgets.frames import Frame, Line
 from workbench.errors import ConfigError, unknown
 
@@ -63,16 +63,6 @@ def is_static() -> bool:
     # Sticky, since extensions of the page also run code in silence, without input.
     _seen_page = _seen_page or bool(getattr(kernel, "_allow_stdin", False))
     return not _seen_page
-
-
-def answer_while_busy(widget: Widget) -> None:
-    """Let the page's messages to ``widget`` be handled on a thread of their own even while a cell runs.
-
-    ipykernel 7 can do that ("subshells"), but since 7.1 it sends the answers to a widget made by a cell back to the thread that
-    runs cells, where they wait for the cell's end. Where that routing is absent this does nothing.
-    """
-    if hasattr(widget.comm, "_reply_subshell_for"):
-        widget.comm._reply_subshell_for = lambda _data, asked: asked
 
 
 @dataclass

@@ -14,13 +14,18 @@ import anywidget
 import traitlets
 
 from widgets import theme
+from widgets.comm import answer_while_busy
 
 Handler = Callable[[Any, Mapping[str, Any]], None]
 """Takes the action's value and the values of its inputs. It must return at once: see :meth:`widgets.panel.Panel.background`."""
 
 
 class Part(anywidget.AnyWidget):
-    """A widget whose layout is closed with it; ipywidgets would keep it."""
+    """A widget that answers while a cell runs, and whose layout is closed with it (ipywidgets would keep it)."""
+
+    def __init__(self, **traits: Any) -> None:
+        super().__init__(**traits)
+        answer_while_busy(self)
 
     def close(self) -> None:
         layout = self.layout

@@ -21,12 +21,12 @@ Object.assign(View.prototype, {
     if (enough) data.push({ ...line, y: smooth, line: { color: ink[0], width: 2 } });
     const latest = loss.y.at(-1) === null ? "not finite" : compact(lastOf({ y: smooth }));
     entries.push({ colour: ink[0], label: "loss", value: latest });
-    let right = false;
+    const right = [];
     metrics.forEach((metric, i) => {
       const held = store.lines.get(`metric:${metric}`);
       if (!held) return;
       const isLoss = metric.includes("loss");
-      right = right || !isLoss;
+      if (!isLoss) right.push(...held.y);
       const colour = ink[(i + 1) % ink.length];
       const label = ["loss", "val_loss"].includes(metric) ? "held-out loss" : metric;
       const mode = held.x.length > 60 ? "lines" : "lines+markers";
@@ -35,7 +35,11 @@ Object.assign(View.prototype, {
     });
     card.aside.replaceChildren(legendOf(entries));
     const layout = layoutOf(colours, { hovermode: "x unified", uirevision: "kept", yaxis: { nticks: 6, rangemode: "normal" }, xaxis: { title: { text: "step" } } });
-    if (right) layout.yaxis2 = { ...layout.yaxis, overlaying: "y", side: "right", showgrid: false, rangemode: "normal", tickmode: "auto", nticks: 6 };
+    if (right.length) {
+      layout.yaxis2 = { ...layout.yaxis, overlaying: "y", side: "right", showgrid: false, rangemode: "normal", tickmode: "auto", nticks: 6 };
+      // A share ends at 1, however few points there are to scale an axis by.
+      if (right.every((value) => value >= 0 && value <= 1)) layout.yaxis2.range = [Math.max(0, Math.min(...right) - 0.1), 1];
+    }
     return card.react(data, layout);
   },
 
