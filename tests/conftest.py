@@ -12,11 +12,11 @@ from pathlib import Path
 # Before anything imports torch: small models on few cores, and the same number of threads in every process of a test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell starts background jobs with Ctrl-C ignored, and children inherit that; tests send it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import psutil
 import pytest
+
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
