@@ -60,7 +60,9 @@ def limits(metadata: list[Any], low: float, high: float) -> dict[str, Any]:
 def values_of(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return values_of(arguments[0], [*metadata, *arguments[1:], *(m for a in arguments[1:] if isinstance(a, FieldInfo) for m in a.metadata)])
+        return values_of(
+            arguments[0], [*metadata, *arguments[1:], *(m for a in arguments[1:] if isinstance(a, FieldInfo) for m in a.metadata)]
+        )
     if origin is typing.Literal:
         return st.sampled_from(arguments)
     if origin in (typing.Union, types.UnionType):
@@ -236,13 +238,19 @@ def test_every_setting_is_described_and_hints_name_registries_that_are(path: str
     ("statement", "absent"),
     [
         ("import workbench", ["torch", "pandas", "numpy", "pydantic", "pyarrow", "psutil"]),
-        ("from workbench import TrainConfig; TrainConfig(data={'name': 'digits'}, model={'name': 'resnet18'})", ["torch", "pandas", "timm", "pyarrow"]),
+        (
+            "from workbench import TrainConfig; TrainConfig(data={'name': 'digits'}, model={'name': 'resnet18'})",
+            ["torch", "pandas", "timm", "pyarrow"],
+        ),
         ("from workbench import TrainConfig, train, launch, Run", ["torch", "pandas", "timm", "pyarrow", "matplotlib"]),
         ("from workbench import Run; print(Run.all())", ["torch", "timm", "pyarrow"]),
     ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(statement: str, absent: list[str]) -> None:
-    code = f"import sys, time\nstart = time.perf_counter()\n{statement}\nprint(time.perf_counter() - start)\nprint([m for m in {absent} if m in sys.modules])"
+    code = (
+        f"import sys, time\nstart = time.perf_counter()\n{statement}\nprint(time.perf_counter() - start)\n"
+        f"print([name for name in {absent} if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     *_, seconds, loaded = done.stdout.splitlines()
     print(f"{statement}: {float(seconds):.2f} s")

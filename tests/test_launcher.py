@@ -55,12 +55,17 @@ def test_an_attempt_is_carried_by_one_process(run: Run) -> None:
     assert latest is not None and latest.number == 3 and latest.nproc == 1
 
 
-CLAIMER = "import sys, time\nfrom pathlib import Path\nfrom workbench import launcher\nprint(launcher.claim(Path(sys.argv[1]), 1), flush=True)\ntime.sleep(60)"
+CLAIMER = (
+    "import sys, time\nfrom pathlib import Path\nfrom workbench import launcher\n"
+    "print(launcher.claim(Path(sys.argv[1]), 1), flush=True)\ntime.sleep(60)"
+)
 
 
 def test_of_many_that_claim_at_once_one_does(run: Run) -> None:
     processes = [
-        subprocess.Popen([sys.executable, "-c", CLAIMER, str(run.path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", CLAIMER, str(run.path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         for _ in range(4)
     ]
     try:
@@ -87,7 +92,8 @@ def test_a_process_is_ended_with_its_descendants_even_if_they_refuse() -> None:
     stubborn = "import signal, subprocess, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
     inner = stubborn + "print('up', flush=True)\ntime.sleep(60)"
     child = subprocess.Popen(
-        [sys.executable, "-c", stubborn + f"subprocess.Popen([sys.executable, '-c', {inner!r}])\ntime.sleep(60)"], stdout=subprocess.PIPE
+        [sys.executable, "-c", stubborn + f"subprocess.Popen([sys.executable, '-c', {inner!r}])\ntime.sleep(60)"],
+        stdout=subprocess.PIPE,
     )
     assert child.stdout is not None
     child.stdout.readline()

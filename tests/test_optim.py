@@ -94,8 +94,7 @@ def test_a_clipper_lets_go_when_its_block_fails() -> None:
 
     before = len(_global_optimizer_pre_hooks)
     with pytest.raises(ZeroDivisionError), AdaptiveGradientClipper():
-        assert len(_global_optimizer_pre_hooks) == before + 1
-        raise ZeroDivisionError
+        _ = 1 / (len(_global_optimizer_pre_hooks) - before - 1)
     assert len(_global_optimizer_pre_hooks) == before
 
 
@@ -119,15 +118,14 @@ def test_agc_holds_each_unit_to_its_weights() -> None:
 
 def reference(norms: list[float], max_norm: float, decay: float, deviations: float, warmup: int) -> list[float]:
     """Norms after dynamic clipping, one number at a time in float64."""
-    seen, mean, square, kept = 0, 0.0, 0.0, []
-    for norm in norms:
+    mean, square, kept = 0.0, 0.0, []
+    for seen, norm in enumerate(norms):
         spread = math.sqrt(max(square - mean * mean, 0.0))
         threshold = max_norm if seen < warmup else mean + deviations * spread
         kept.append(min(norm, threshold))
         weight = max(1 / (seen + 1), 1 - decay)
         mean += weight * (kept[-1] - mean)
         square += weight * (kept[-1] ** 2 - square)
-        seen += 1
     return kept
 
 

@@ -32,7 +32,9 @@ class Author:
     def start(self, step: int = 0, total: int = 100) -> None:
         self.attempt += 1
         launcher.record(self.run.path, self.attempt, 1, launcher.Process.current())
-        self.say(events.AttemptStarted(step=step, total_steps=total, steps_per_epoch=10, world_size=1, device="cpu", parameters=1))
+        self.say(
+            events.AttemptStarted(step=step, total_steps=total, steps_per_epoch=10, world_size=1, device="cpu", parameters=1)
+        )
 
     def say(self, event: Any) -> None:
         self.journal.append(event.model_copy(update={"attempt": self.attempt}).model_dump_json())
@@ -43,7 +45,9 @@ class Author:
         rates = [0.1] * len(numbers)
         self.say(events.Steps(step=last, first=first, loss=losses, lr=rates, epoch=1, samples_per_s=1.0, time=1000.0 + last))
         for number in numbers:
-            SegmentWriter(self.run.path / "readings", self.attempt, 0).write("gradients", pa.table({"step": [number], "layer": ["a"]}), number)
+            SegmentWriter(self.run.path / "readings", self.attempt, 0).write(
+                "gradients", pa.table({"step": [number], "layer": ["a"]}), number
+            )
 
 
 @pytest.fixture

@@ -134,7 +134,9 @@ def test_a_line_that_does_not_fit_the_disk_is_taken_back(tmp_path: Path) -> None
         "journal.append('c' * 50)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "journal")], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("RunError The disk that holds") and "is full" in done.stdout and "Free some space" in done.stdout
+    assert (
+        done.stdout.startswith("RunError The disk that holds") and "is full" in done.stdout and "Free some space" in done.stdout
+    )
     assert read_lines(tmp_path / "journal")[0] == [b"a" * 900, b"c" * 50]
 
 

@@ -64,7 +64,9 @@ Arguments = Annotated[dict[str, Any], AfterValidator(_plain)]
 class Config(BaseModel):
     """Base of all configurations: frozen, unknown settings forbidden, errors in plain words."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     kind: ClassVar[str] = ""
 
@@ -123,7 +125,9 @@ class Config(BaseModel):
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"The configuration file {str(path)!r} cannot be read: {error.strerror}.", "Check the path.") from None
+            raise ConfigError(
+                f"The configuration file {str(path)!r} cannot be read: {error.strerror}.", "Check the path."
+            ) from None
         values = load_yaml(text, str(path))
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds {type(values).__name__}, not settings.", "Write one 'name: value' per line.")

@@ -41,7 +41,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise DeviceError("device='cuda', but PyTorch sees no CUDA device here.", "Take device='auto' or 'cpu', or check nvidia-smi.")
+        raise DeviceError(
+            "device='cuda', but PyTorch sees no CUDA device here.", "Take device='auto' or 'cpu', or check nvidia-smi."
+        )
     if local_rank >= torch.cuda.device_count():
         raise DeviceError(
             f"This is process {local_rank + 1} on this machine, but it has {torch.cuda.device_count()} CUDA device(s).",

@@ -30,8 +30,12 @@ LOSSES = Registry(
 class LossConfig(Config):
     """The loss that training minimizes."""
 
-    name: ImportPath = Field("cross_entropy", description="A registered loss or an import path.", json_schema_extra=hint(choices="losses"))
-    args: Arguments = Field({}, description="Keyword arguments, e.g. {label_smoothing: 0.1}.", json_schema_extra=hint(advanced=True))
+    name: ImportPath = Field(
+        "cross_entropy", description="A registered loss or an import path.", json_schema_extra=hint(choices="losses")
+    )
+    args: Arguments = Field(
+        {}, description="Keyword arguments, e.g. {label_smoothing: 0.1}.", json_schema_extra=hint(advanced=True)
+    )
 
     @field_validator("name")
     @classmethod
@@ -79,7 +83,9 @@ def check_output(loss: Callable[[Any, Any], Any], output: Any, target: Any, conf
     name = config.name
 
     if not isinstance(output, torch.Tensor):
-        raise ModelError(f"The model returns {type(output).__name__}, but the loss {name!r} takes a tensor.", "Return the logits alone.")
+        raise ModelError(
+            f"The model returns {type(output).__name__}, but the loss {name!r} takes a tensor.", "Return the logits alone."
+        )
     if takes_labels(config, output, target):
         check_labels(target, output.shape[1], config)
     try:

@@ -213,7 +213,9 @@ class DynamicGraphOptimizer(torch.optim.AdamW):
         **options: of :class:`torch.optim.AdamW`.
     """
 
-    def __init__(self, params: Any, lr: float = 1e-3, *, graph: Literal["auto", "eager", "compiled"] = "auto", **options: Any) -> None:
+    def __init__(
+        self, params: Any, lr: float = 1e-3, *, graph: Literal["auto", "eager", "compiled"] = "auto", **options: Any
+    ) -> None:
         if graph not in ("auto", "eager", "compiled"):
             raise ValueError(f"graph={graph!r} must be 'auto', 'eager' or 'compiled'.")
         if graph == "compiled":

@@ -135,12 +135,12 @@ ImportPath = Annotated[str, BeforeValidator(import_path)]
 def find_source(name: str, root: Path | None) -> str:
     """``name`` with its file or folder taken from the run folder ``root``, where there is a copy of it.
 
-    A run keeps the Python files it was given in ``source/``; those count, however the originals change later.
+    A run keeps the Python files and objects it was given in ``source/``; those count, however the originals change later.
     """
     location, colon, attribute = name.partition(":")
     if root is None:
         return name
-    candidates = [root / "source" / Path(location).name] if location.endswith(".py") else []
+    candidates = [root / "source" / Path(location).name] if location.endswith((".py", ".pkl")) else []
     if "/" in location and not Path(location).is_absolute():
         candidates.append(root / location)
     found = next((candidate for candidate in candidates if candidate.exists()), None)

@@ -228,6 +228,10 @@ class Run:
             raise RunError(f"The run {self.id} has no model yet (status: {self.status}).", "Wait for it, or resume it.")
         return load_object("workbench.artefact:load_model")(self.path, device=device)  # by name: models lie in a later layer
 
+    def report(self, path: str | os.PathLike[str] | None = None) -> Path:
+        """Write ``report.html``, a page about this run that needs nothing else, into its folder or to ``path``."""
+        return load_object("workbench.report:write_report")(self, path)  # by name: it lies in a later layer
+
     def wait(self, timeout: float | None = None, *, check: bool = True) -> Self:
         """Block until the run ends.
 
@@ -337,6 +341,7 @@ def launch(
     nproc: int = 1,
     *,
     model: nn.Module | None = None,
+    data: Any = None,
     root: str | os.PathLike[str] | None = None,
     replay: Replay | None = None,
 ) -> Run:
@@ -348,6 +353,7 @@ def launch(
         config: what to run.
         nproc: processes on this machine, one per accelerator.
         model: train this module instead of building ``config.model``; it is stored in the run folder.
+        data: train on this instead of ``config.data`` (as for :func:`workbench.train`); it is stored in the run folder.
         root: parent of the run folder; by default ``WORKBENCH_RUNS``.
         replay: commands to apply after given steps.
 
@@ -356,6 +362,6 @@ def launch(
     """
     if nproc < 1:
         raise RunError(f"nproc={nproc} must be at least 1.", "One process drives one accelerator.")
-    run: Run = load_object("workbench.training:prepare")(config, model=model, root=root, replay=replay)
+    run: Run = load_object("workbench.training:prepare")(config, model=model, data=data, root=root, replay=replay)
     launcher.spawn(run.path, nproc)
     return run

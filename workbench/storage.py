@@ -3,6 +3,7 @@
 * :func:`write_atomic` — whole files: temporary name, fsync, rename.
 * :class:`Journal` / :func:`read_lines` — append-only JSON lines; a reader goes on from a byte cursor and stops at a torn tail.
 * :class:`SegmentWriter` / :func:`read_segments` — tables of readings as immutable Arrow files.
+* :func:`dump_object` / :func:`load_dumped` — Python objects by cloudpickle, opened only from the owner's own files.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import pickle
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from workbench.errors import RunError
 
@@ -173,3 +175,51 @@ def read_segments(folder: Path, kind: str, seen: set[str]) -> Iterator[tuple[int
         _, attempt, rank, _ = path.stem.rsplit("-", 3)
         with pa.memory_map(str(path)) as source:
             yield int(attempt[1:]), int(rank[1:]), pa.ipc.open_file(source).read_all()
+
+
+def dump_object(value: Any, path: Path) -> None:
+    """Keep a Python object, classes and functions of a notebook included.
+
+    Raises:
+        RunError: the object holds something that cannot be pickled.
+    """
+    import cloudpickle
+
+    try:
+        content = cloudpickle.dumps(value)
+    except Exception as error:
+        raise RunError(
+            f"The {type(value).__name__} cannot be kept in the run folder: {error}.",
+            "Put what makes it into a file, and name it: 'file.py:function'.",
+        ) from error
+    write_atomic(path, content)
+
+
+def load_dumped(path: Path) -> Any:
+    """What :func:`dump_object` kept.
+
+    Raises:
+        RunError: the file belongs to another user, or what it needs cannot be imported.
+    """
+    check_owner(path)
+    try:
+        with path.open("rb") as file:
+            return pickle.load(file)  # noqa: S301 - of this user's own making
+    except Exception as error:
+        raise RunError(
+            f"{path} cannot be opened: {type(error).__name__}: {error}.", "Run where its modules can be imported."
+        ) from error
+
+
+def check_owner(path: Path, *, trust: bool = False) -> None:
+    """Refuse what another user wrote, unless trusted, where opening it can run code.
+
+    Raises:
+        RunError: the file or folder belongs to another user.
+    """
+    if trust or not hasattr(os, "getuid") or path.stat().st_uid == os.getuid():
+        return
+    raise RunError(
+        f"{path} belongs to another user, and opening it can run code.",
+        "If you trust its author, copy the run folder: the copy is yours.",
+    )

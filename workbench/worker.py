@@ -18,8 +18,10 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--attempt", type=int)
     arguments = parser.parse_args()
+    from workbench import logs
     from workbench.training.session import execute
 
+    logs.configure()
     run = Run.open(arguments.run)
     attempt = arguments.attempt
     if attempt is None:

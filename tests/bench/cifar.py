@@ -61,7 +61,14 @@ class Images(Dataset[Any]):
 
 def loader(workers: int) -> DataLoader[Any]:
     return DataLoader(
-        Images(), BATCH, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True, pin_memory=CUDA, prefetch_factor=4
+        Images(),
+        BATCH,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=True,
+        pin_memory=CUDA,
+        prefetch_factor=4,
     )
 
 

@@ -10,12 +10,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-LAYERS = """
+LAYERS = """\
 errors logs
 config
 registry
 events storage
 launcher
+journal
 run
 distributed
 data
@@ -35,7 +36,7 @@ report terminal notebook_client
 stage
 notebook pipeline
 worker cli
-""".split("\n")
+""".splitlines()
 """Lowest first; modules of one line may import each other, but in no circle."""
 
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split()}
@@ -51,7 +52,7 @@ def modules(package: str) -> dict[str, Path]:
 
 
 def imported(path: Path, name: str, *, whole: bool = True) -> Iterator[tuple[str, int]]:
-    """Modules that a source file imports, with the line; ``whole``: within functions too. What only type checkers read is left out."""
+    """Modules that a source file imports, with the line, not those for type checkers only; ``whole``: within functions too."""
 
     def visit(node: ast.AST) -> Iterator[tuple[str, int]]:
         match node:
@@ -130,7 +131,9 @@ def test_modules_import_in_no_circle() -> None:
 def test_no_export_shares_a_submodules_name(name: str) -> None:
     """Else ``from package import name`` means one or the other by import order."""
     path = (WORKBENCH | WIDGETS)[name]
-    submodules = {child.stem for child in path.parent.glob("*.py")} | {child.parent.name for child in path.parent.glob("*/__init__.py")}
+    submodules = {child.stem for child in path.parent.glob("*.py")} | {
+        child.parent.name for child in path.parent.glob("*/__init__.py")
+    }
     tree = ast.parse(path.read_text(encoding="utf-8"))
     exports: set[str] = set()
     for node in tree.body:

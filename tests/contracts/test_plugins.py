@@ -31,7 +31,11 @@ from workbench.registry import load_object
 def example(name: str) -> tuple[Tensor, Tensor]:
     """Output and target in float64 that the loss takes: labels, or numbers of the output's shape in [0, 1]."""
     torch.manual_seed(0)
-    output, labels, numbers = torch.randn(8, 5, dtype=torch.float64), torch.randint(5, (8,)), torch.rand(8, 5, dtype=torch.float64)
+    output, labels, numbers = (
+        torch.randn(8, 5, dtype=torch.float64),
+        torch.randint(5, (8,)),
+        torch.rand(8, 5, dtype=torch.float64),
+    )
     loss = make_loss(LossConfig(name=name))
     for target in (labels, numbers):
         try:
@@ -113,7 +117,9 @@ def augmented(name: str, x: Tensor, part: slice, seed: int = 3) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 10, 14)])
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_an_augmentation_draws_per_sample_the_same_however_the_batch_is_split(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_an_augmentation_draws_per_sample_the_same_however_the_batch_is_split(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     x = torch.randint(1, 255, (24, *shape), generator=torch.Generator().manual_seed(0)).to(dtype)
     whole = augmented(name, x, slice(0, 24))
     assert whole.shape == x.shape and whole.dtype == x.dtype
@@ -163,7 +169,10 @@ def test_a_probe_reads_tables_and_leaves_no_trace(name: str) -> None:
 
 def test_every_probe_is_read_from_the_run() -> None:
     config = TrainConfig(
-        data={"name": "digits", "limit": 128, "batch_size": 64}, model={"name": "mlp", "args": {"widths": [8]}}, device="cpu", epochs=1
+        data={"name": "digits", "limit": 128, "batch_size": 64},
+        model={"name": "mlp", "args": {"widths": [8]}},
+        device="cpu",
+        epochs=1,
     )
     run = train(config).run
     for name in config.probes.by_name():

@@ -88,7 +88,9 @@ def test_augmented_images_are_the_same_over_ranks_and_micro_steps() -> None:
     config = DataConfig(batch_size=16, augment=("shift", "flip", "cutout"))
     whole = [x for step in made(config, Shard(), splits).epoch(2) for x, _ in step]
     for world, micro in ((2, 1), (1, 4), (4, 2)):
-        parts = [[[x for x, _ in step] for step in made(config, Shard(rank, world, micro), splits).epoch(2)] for rank in range(world)]
+        parts = [
+            [[x for x, _ in step] for step in made(config, Shard(rank, world, micro), splits).epoch(2)] for rank in range(world)
+        ]
         for step, expected in enumerate(whole):
             assert torch.equal(torch.cat([x for rank in parts for x in rank[step]]), expected)
 
@@ -153,7 +155,9 @@ def test_seeds_of_distinct_parts_are_unrelated() -> None:
 
 @pytest.mark.parametrize(("size", "world", "micro"), [(10, 4, 1), (10, 1, 3), (6, 2, 2)])
 def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(size: int, world: int, micro: int) -> None:
-    with pytest.raises(ConfigError, match=f"data.batch_size={size} does not divide.*Take a multiple of {world * micro}, e.g. ") as caught:
+    with pytest.raises(
+        ConfigError, match=f"data.batch_size={size} does not divide.*Take a multiple of {world * micro}, e.g. "
+    ) as caught:
         made(DataConfig(batch_size=size), Shard(0, world, micro))
     advised = int(str(caught.value).rstrip(".").rsplit(" ", 1)[1])
     made(DataConfig(batch_size=advised), Shard(0, world, micro))
@@ -226,4 +230,4 @@ def test_draws_are_uniform() -> None:
     counts = torch.bincount(draw.integers(0, 5), minlength=6)
     assert float(((counts - 10_000) ** 2 / 10_000).sum()) < 25
     values = draw.uniform()
-    assert 0 <= values.min() and values.max() < 1 and float(values.mean()) == pytest.approx(0.5, abs=0.01)
+    assert values.min() >= 0 and values.max() < 1 and float(values.mean()) == pytest.approx(0.5, abs=0.01)

@@ -68,10 +68,15 @@ def test_readings_are_those_of_a_float64_model(mode: str, layout: torch.memory_f
     torch.compiler.reset()
     model = ResNet((8, 16), (1, 1), in_channels=3).cuda().to(memory_format=layout).train()
     readings: dict[tuple[str, int], dict[str, Any]] = {}
-    probes: dict[str, tuple[Probe, int]] = {kind: (PROBES.create(kind, ProbeConfig()), 3) for kind in ("gradients", "activations")}
+    probes: dict[str, tuple[Probe, int]] = {
+        kind: (PROBES.create(kind, ProbeConfig()), 3) for kind in ("gradients", "activations")
+    }
     chosen = ProbeSet(probes, lambda kind, step, columns: readings.__setitem__((kind, step), columns))
     chosen.attach(model)
-    data = [(torch.randn(64, 3, 16, 16, device="cuda").to(memory_format=layout), torch.randint(10, (64,), device="cuda")) for _ in range(7)]
+    data = [
+        (torch.randn(64, 3, 16, 16, device="cuda").to(memory_format=layout), torch.randint(10, (64,), device="cuda"))
+        for _ in range(7)
+    ]
     expected = [by_hand(model, *pair) for pair in data]
     if mode != "eager":
         model.compile(mode=None if mode == "default" else mode)
@@ -94,7 +99,12 @@ def test_readings_are_those_of_a_float64_model(mode: str, layout: torch.memory_f
             value = outputs[layer]
             spread = float(value.std(correction=0))
             assert table["count"][row] == value.numel() and table["nonfinite"][row] == 0
-            for name, reference in (("mean", value.mean()), ("std", value.std(correction=0)), ("min", value.min()), ("max", value.max())):
+            for name, reference in (
+                ("mean", value.mean()),
+                ("std", value.std(correction=0)),
+                ("min", value.min()),
+                ("max", value.max()),
+            ):
                 error = abs(table[name][row] - float(reference)) / spread
                 worst = max(worst, error)
                 assert error < 1e-3, (layer, name)
@@ -124,7 +134,10 @@ def test_a_run_resumes_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_gives_the_batches_of_the_device(workers: int) -> None:
-    same(train(small(data__placement="loader", data__workers=workers)).run, train(small(data__placement="loader", data__workers=1)).run)
+    same(
+        train(small(data__placement="loader", data__workers=workers)).run,
+        train(small(data__placement="loader", data__workers=1)).run,
+    )
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("tf32", 2e-2), ("bf16", 8e-2), ("fp16", 5e-2)])
@@ -202,7 +215,13 @@ def test_a_batch_that_does_not_fit_becomes_advice() -> None:
     torch.cuda.set_per_process_memory_fraction(0.02)
     try:
         with pytest.raises(MemoryExhausted, match=r"Out of memory with data.batch_size=1024.*accumulate=2.*data.batch_size=512"):
-            train(small(data={"name": "digits", "batch_size": 1024}, model={"name": "mlp", "args": {"widths": [60_000, 600]}}, deterministic=False))
+            train(
+                small(
+                    data={"name": "digits", "batch_size": 1024},
+                    model={"name": "mlp", "args": {"widths": [60_000, 600]}},
+                    deterministic=False,
+                )
+            )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()

@@ -1,10 +1,9 @@
-"""A small model whose training draws random numbers, named by its path in tests; ``pause`` slows its steps, ``fail`` plants faults."""
+"""Small models, named by their path in tests: one whose training draws random numbers; ``pause`` slows its steps."""
 
 from __future__ import annotations
 
 import time
 
-import torch
 from torch import Tensor, nn
 
 
@@ -45,14 +44,3 @@ def normed(num_classes: int = 10, in_channels: int = 1, width: int = 8) -> nn.Se
         nn.Flatten(),
         nn.Linear(4 * width, num_classes),
     )
-
-
-class Narrow(nn.Module):
-    """Three outputs, whatever it is asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(64, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.as_tensor(self.linear(x.flatten(1)))

@@ -23,7 +23,16 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from workbench import Run, TrainConfig, launch, train
-from workbench.errors import ArtefactError, ConfigError, DataError, DeviceError, ModelError, NonFiniteLoss, RunError, WorkbenchError
+from workbench.errors import (
+    ArtefactError,
+    ConfigError,
+    DataError,
+    DeviceError,
+    ModelError,
+    NonFiniteLoss,
+    RunError,
+    WorkbenchError,
+)
 from workbench.run import runs_folder
 
 
@@ -105,7 +114,13 @@ def test_a_model_whose_output_has_too_few_classes(config: Callable[..., TrainCon
 
 
 def test_a_model_whose_output_does_not_fit_the_loss(config: Callable[..., TrainConfig]) -> None:
-    fails(config(loss__name="bce_with_logits"), ModelError, "float32 [2, 10]", "does not fit the loss 'bce_with_logits'", "int64 [2]")
+    fails(
+        config(loss__name="bce_with_logits"),
+        ModelError,
+        "float32 [2, 10]",
+        "does not fit the loss 'bce_with_logits'",
+        "int64 [2]",
+    )
 
 
 def test_a_model_that_does_not_take_the_data(config: Callable[..., TrainConfig]) -> None:
@@ -120,9 +135,11 @@ def test_an_optimizer_that_does_not_take_its_arguments(config: Callable[..., Tra
     fails(config(optim__args={"rho": 4}), ConfigError, "optimizer 'adamw' does not take these arguments", "rho")
 
 
-def test_a_module_that_the_workbench_did_not_build_cannot_be_stored(config: Callable[..., TrainConfig]) -> None:
-    with pytest.raises(ArtefactError, match="Sequential carries no structure.*Build it by name"):
-        train(config(), model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+def test_a_module_that_cannot_be_pickled_is_named_with_its_remedy(config: Callable[..., TrainConfig]) -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    module.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(RunError, match="Sequential cannot be kept in the run folder.*name it: 'file.py:function'"):
+        train(config(), model=module)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +154,9 @@ def test_a_module_that_the_workbench_did_not_build_cannot_be_stored(config: Call
         ("def net(**shape):\n    return 'model'\n", ["returned str"]),
     ],
 )
-def test_a_users_file_that_does_not_work(content: str, words: list[str], config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+def test_a_users_file_that_does_not_work(
+    content: str, words: list[str], config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     source = tmp_path / "broken.py"
     source.write_text(content)
     fails(config(model__name=f"{source}:net"), WorkbenchError, *words)
@@ -193,7 +212,9 @@ class Samples(Dataset[Any]):
         ("shape", ["Samples do not stack into a batch", "Give every sample the same shape"]),
     ],
 )
-def test_a_sample_that_cannot_be_used_is_named(fault: str, words: list[str], workers: int, config: Callable[..., TrainConfig]) -> None:
+def test_a_sample_that_cannot_be_used_is_named(
+    fault: str, words: list[str], workers: int, config: Callable[..., TrainConfig]
+) -> None:
     chosen = config(data={"batch_size": 16, "workers": workers}, model__num_classes=10)
     fails(chosen, DataError, *words, data=(Samples(fault), Samples()))
 
@@ -442,14 +463,18 @@ def test_a_checkpoint_of_another_user_is_not_opened(config: Callable[..., TrainC
     os.chown(run.checkpoints[-1], 12345, 12345)
     run.resume().wait(timeout=120, check=False)
     assert run.status == "failed"
-    assert "belongs to another user, and opening one can run code" in (run.error or "") and "copy the run folder" in (run.error or "")
+    assert "belongs to another user, and opening one can run code" in (run.error or "") and "copy the run folder" in (
+        run.error or ""
+    )
     mine = tmp_path / "runs-of-mine"
     mine.mkdir()
     shutil.copytree(run.path, mine / run.id)
     assert Run.open(mine / run.id).resume().wait(timeout=120).status == "finished"
 
 
-def test_a_runs_folder_that_cannot_be_made(config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runs_folder_that_cannot_be_made(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("WORKBENCH_RUNS", str(tmp_path / "file" / "runs"))
     with pytest.raises(RunError, match="cannot be made.*Set WORKBENCH_RUNS"):

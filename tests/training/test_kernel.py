@@ -21,7 +21,7 @@ import torch
 from workbench import Run, TrainConfig, train
 from workbench.errors import DataError, RunError, WorkbenchError
 
-PROBE = '''
+PROBE = """
 from workbench.probes import Probe
 
 class Broken(Probe):
@@ -29,7 +29,7 @@ class Broken(Probe):
 
     def read(self, context):
         raise RuntimeError("the probe broke")
-'''
+"""
 
 
 def switches() -> dict[str, Any]:
@@ -130,7 +130,9 @@ def test_an_interrupt_stops_in_order_and_the_run_resumes(
     assert_same(run, train(config(epochs=3, log_every=1)).run)
 
 
-def test_a_second_interrupt_ends_the_run_at_once(config: Callable[..., TrainConfig], until: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_second_interrupt_ends_the_run_at_once(
+    config: Callable[..., TrainConfig], until: Callable[..., Any], tmp_path: Path
+) -> None:
     def interrupt() -> None:
         until(lambda: any(run.status == "running" for run in Run.all(tmp_path)))
         time.sleep(0.3)
@@ -173,7 +175,9 @@ def test_probes_do_not_change_what_is_trained(model: str, config: Callable[..., 
     assert (without.path / "model.safetensors").read_bytes() == (with_.path / "model.safetensors").read_bytes()
 
 
-def test_a_run_in_the_kernel_is_that_of_fresh_processes(config: Callable[..., TrainConfig], assert_same: Callable[..., None]) -> None:
+def test_a_run_in_the_kernel_is_that_of_fresh_processes(
+    config: Callable[..., TrainConfig], assert_same: Callable[..., None]
+) -> None:
     """Whatever the kernel drew, set or compiled before."""
     from workbench import launch
 

@@ -28,21 +28,13 @@ def started(run: Run) -> bool:
     return attempt is not None and any(isinstance(e, events.AttemptStarted) and e.attempt == attempt.number for e in run.events)
 
 
-def until(condition: Callable[[], Any], seconds: float = 60, tick: float = 0.01) -> Any:
-    """Wait for a condition; fail after ``seconds``."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(tick)
-    return found
-
-
 def kill(run: Run) -> None:
     """SIGKILL the worker, and wait until it is gone."""
     attempt = Attempt.latest(run.path)
     assert attempt is not None
     os.kill(attempt.process.pid, signal.SIGKILL)
-    until(lambda: not attempt.process.alive())
+    while attempt.process.alive():
+        time.sleep(0.005)
 
 
 @pytest.mark.slow
@@ -52,6 +44,7 @@ def test_twenty_kills_in_a_row_change_no_bit(
     uninterrupted: Run,
     assert_same: Callable[..., None],
     assert_whole: Callable[[Run], None],
+    until: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     """Half of them at random instants, half within the saving of a checkpoint, which is due every fifth step."""
@@ -63,8 +56,7 @@ def test_twenty_kills_in_a_row_change_no_bit(
     for number in range(KILLS):
         until(lambda: started(run))
         if number % 2:
-            checkpoints = run.path / "checkpoints"
-            until(lambda: any(checkpoints.glob("*.tmp")) or run.status == "finished", tick=0.0005)
+            until(lambda: any((run.path / "checkpoints").glob("*.tmp")) or run.status == "finished", tick=0.0005)
             time.sleep(draw.uniform(0, 0.03))
         else:
             time.sleep(draw.uniform(0, 0.8))
@@ -85,3 +77,21 @@ def test_twenty_kills_in_a_row_change_no_bit(
     assert killed == KILLS and torn >= 3
     assert_whole(run)
     assert_same(run, uninterrupted)
+
+
+def test_a_run_killed_while_it_starts_and_after_its_last_step_is_finished_by_resuming(
+    config: Callable[..., TrainConfig], assert_same: Callable[..., None], until: Callable[..., Any], tmp_path: Path
+) -> None:
+    whole = train(config(epochs=1), root=tmp_path).run
+    run = launch(config(epochs=1, model__args={"pause": 0.02}), root=tmp_path)
+    kill(run)  # before a word
+    assert run.status in ("failed", "lost") and run.history.empty
+    assert "ended before it could start" in (run.error or "ended before it could start")
+    run.resume()
+    until(lambda: (run.path / "checkpoints" / "step-8").exists(), tick=0.0005)  # all is trained; the model is not saved
+    kill(run)
+    if run.status != "finished":
+        assert run.status == "lost"
+        run.resume()
+    run.wait(timeout=120)
+    assert_same(run, whole)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from torch import nn
 
-from workbench import Run, TrainConfig, launch, train
+from workbench import Run, TrainConfig, events, launch, launcher, train
+from workbench.data.batches import Batches, Shard, Target, derive_seed
+from workbench.data.splits import load_splits
+from workbench.models import build_model
+from workbench.training.session import fit_to_data
 
 TOLERANCE = 1e-5
 """Of losses near 2: gradients are summed in another order, so that about the last two of fp32's seven digits differ."""
@@ -102,29 +110,86 @@ def test_a_run_on_two_ranks_resumes_bit_for_bit_with_batch_normalization(
     config: Callable[..., TrainConfig], assert_same: Callable[..., None], tmp_path: Path
 ) -> None:
     name = config().model.name.replace(":net", ":normed")
-    normed = config(model__name=name, epochs=2, checkpoint__every_steps=5)
-    whole = launch(normed, nproc=2, root=tmp_path)
-    again = launch(normed, nproc=2, root=tmp_path)
-    whole.wait(timeout=120)
-    again.wait(timeout=120)
-    assert_same(again, whole)
-    # Go back to the checkpoint of step 10 or 15 by taking the last one, and what followed it, away.
-    for extra in again.checkpoints[1:]:
-        extra.rename(tmp_path / extra.name)
-    start = int(again.checkpoints[-1].name.removeprefix("step-"))
-    assert start == 15
-    from workbench import launcher
-
+    whole = launch(config(model__name=name, epochs=2, checkpoint__every_steps=5), nproc=2, root=tmp_path).wait(timeout=120)
+    shutil.copytree(whole.path, tmp_path / "again")
+    again = Run.open(tmp_path / "again")
+    shutil.rmtree(again.checkpoints[-1])  # back to the one before, of step 15
+    assert again.checkpoints[-1].name == "step-15"
     launcher.spawn(again.path, 2)
     again.wait(timeout=120)
-    assert Run.open(again.path).history["step"].tolist() == list(range(1, 17))
-    assert_same(Run.open(again.path), whole)
+    assert again.history["step"].tolist() == list(range(1, 17))
+    assert_same(again, whole)
 
 
-def test_a_run_of_two_ranks_goes_on_with_one(
-    config: Callable[..., TrainConfig], assert_whole: Callable[[Run], None], tmp_path: Path
+def test_a_run_whose_first_rank_is_killed_goes_on_with_one(
+    split: Callable[..., TrainConfig], alone: Run, assert_whole: Callable[[Run], None], until: Callable[..., Any], tmp_path: Path
 ) -> None:
-    pass
+    """On one process instead of two, from the last checkpoint; the losses are those of one."""
+    slow = split(**{"checkpoint.every_steps": 2, "model.args": {"dropout": 0.0, "pause": 0.1}})
+    run = launch(slow, nproc=2, root=tmp_path)
+    until(lambda: len(run.checkpoints) and run.progress.step > 4)
+    heartbeat = launcher.Heartbeat.read(run.path)
+    assert heartbeat is not None
+    os.kill(heartbeat.process.pid, signal.SIGKILL)
+    until(lambda: run.status == "lost")
+    assert_whole(run)
+    run.resume(nproc=1).wait(timeout=120)
+    assert_whole(run)
+    assert furthest(alone, run) < TOLERANCE
+
+
+def test_readings_of_the_first_step_are_those_of_a_float64_model(alone: Run, two_ranks: Run) -> None:
+    """The same model, batch and loss in float64, with hooks by hand; on one rank and on two."""
+    config = alone.config
+    splits = load_splits(config.data)
+    torch.manual_seed(derive_seed(config.seed))
+    model = build_model(fit_to_data(config, splits)).double().train()
+    batches = Batches(splits, config.data, Shard(), Target(torch.device("cpu")), config.seed)
+    ((x, y),) = next(iter(batches.epoch(0)))
+    outputs: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if not any(module.children()):
+            module.register_forward_hook(lambda m, a, output, name=name: outputs.__setitem__(name, output.detach().clone()))
+    loss = nn.functional.cross_entropy(model(x.double()), y)
+    loss.backward()
+    for run in (alone, two_ranks):
+        assert run.history["loss"].iloc[0] == pytest.approx(float(loss.detach()), rel=1e-6)
+        gradients = run.readings("gradients")
+        first = gradients[gradients["step"] == 1]
+        for name, parameter in model.named_parameters():
+            norms = first.loc[first["layer"] == name, "norm"].tolist()
+            assert norms == pytest.approx([float(parameter.grad.norm())] * run_size(run), rel=1e-4)  # type: ignore[union-attr]
+        activations = run.readings("activations")
+        first = activations[activations["step"] == 1]
+        for layer, rows in first.groupby("layer"):
+            for row in rows.itertuples():
+                half = 32 // run_size(run)
+                value = outputs[str(layer)][row.rank * half : (row.rank + 1) * half]
+                spread = float(value.std(correction=0))
+                for name, reference in (
+                    ("mean", value.mean()),
+                    ("std", value.std(correction=0)),
+                    ("min", value.min()),
+                    ("max", value.max()),
+                ):
+                    assert abs(getattr(row, name) - float(reference)) < 1e-4 * spread, (layer, name)
+
+
+def run_size(run: Run) -> int:
+    return int(next(event.world_size for event in run.events if isinstance(event, events.AttemptStarted)))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_losses_and_readings_of_the_eager_one(alone: Run, split: Callable[..., TrainConfig]) -> None:
+    compiled = train(split(compile="default")).run
+    difference = furthest(alone, compiled)
+    print(f"compiled against eager: {difference:.1e}")
+    assert difference < 1e-4
+    for kind in ("gradients", "activations"):
+        one, two = alone.readings(kind), compiled.readings(kind)
+        assert one["step"].tolist() == two["step"].tolist() and one["layer"].tolist() == two["layer"].tolist()
+        for column in ("norm", "weight_norm") if kind == "gradients" else ("std", "max"):
+            np.testing.assert_allclose(two[column], one[column], rtol=5e-3, atol=1e-5)
 
 
 def test_readings_of_two_ranks_merge_to_those_of_one(alone: Run, two_ranks: Run) -> None:

@@ -35,7 +35,7 @@ class Draw:
 
 def crop(x: Tensor, draw: Draw, padding: int | None = None) -> Tensor:
     """Pad by zeros (an eighth of the side unless told) and cut out at a random place (Krizhevsky 2009; He et al. 2016)."""
-    batch, channels, height, width = x.shape
+    batch, _, height, width = x.shape
     pad = max(1, height // 8) if padding is None else padding
     top, left = draw.integers(0, 2 * pad), draw.integers(0, 2 * pad)
     padded = F.pad(x, (pad, pad, pad, pad))

@@ -99,7 +99,7 @@ class Batches:
         self._loader = None
 
     def watch(self, check: Callable[[Tensor], None]) -> None:
-        """Have ``check`` look at all targets before an accelerator gets them: now, where they are in memory, else as they come."""
+        """Have ``check`` look at all targets before an accelerator gets them: now if they are in memory, else as they come."""
         for split in (self.splits.train, self.splits.eval):
             if isinstance(split, Arrays):
                 check(split.y)
@@ -273,7 +273,9 @@ class _Seeded(Dataset[Any]):
                     samples = [error]
                     break
                 except Exception as error:
-                    samples = [DataError(f"Sample {key[1]} cannot be read: {type(error).__name__}: {error}.", "Mend or remove it.")]
+                    samples = [
+                        DataError(f"Sample {key[1]} cannot be read: {type(error).__name__}: {error}.", "Mend or remove it.")
+                    ]
                     break
         finally:
             random.setstate(kept[0])

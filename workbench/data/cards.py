@@ -32,7 +32,9 @@ class Card(Config):
     mean: tuple[float, ...] = Field((), description="Mean by channel, of values scaled to 0…1.")
     std: tuple[float, ...] = Field((), description="Standard deviation by channel, of values scaled to 0…1.")
     augment: tuple[str, ...] = Field((), description="Augmentations that suit it.")
-    files: dict[str, dict[str, Any]] = Field({}, description="Files it is read from, by path below the data folder, with their checksums.")
+    files: dict[str, dict[str, Any]] = Field(
+        {}, description="Files it is read from, by path below the data folder, with their checksums."
+    )
 
 
 def cards_folder() -> Path:

@@ -22,23 +22,36 @@ class DataConfig(Config):
 
     name: ImportPath = Field(
         "digits",
-        description="A card in datasets/, or an import path to a function that returns splits: 'package.module:function', 'file.py:function'.",
+        description="A card in datasets/, or an import path to a function that returns splits, e.g. 'file.py:function'.",
         json_schema_extra=hint(choices="datasets"),
     )
     batch_size: int = Field(
-        128, ge=1, description="Samples per optimizer step, over all ranks and accumulation micro-steps together.", json_schema_extra=hint(log=True)
+        128,
+        ge=1,
+        description="Samples per optimizer step, over all ranks and accumulation micro-steps together.",
+        json_schema_extra=hint(log=True),
     )
-    eval_batch_size: int = Field(512, ge=1, description="Samples per evaluation batch, per rank.", json_schema_extra=hint(advanced=True))
+    eval_batch_size: int = Field(
+        512, ge=1, description="Samples per evaluation batch, per rank.", json_schema_extra=hint(advanced=True)
+    )
     augment: tuple[str, ...] | None = Field(
-        None, description="Augmentations in order, e.g. crop, flip; empty for none; by default those the data set's card recommends."
+        None,
+        description="Augmentations in order, e.g. crop, flip; empty for none; by default those the data set's card recommends.",
     )
     placement: Literal["auto", "device", "loader"] = Field(
         "auto",
         description="Where samples wait: in the device's memory, augmented there in batch, or in a loader's worker processes.",
         json_schema_extra=hint(advanced=True),
     )
-    workers: int = Field(2, ge=0, description="Loader processes per rank; unused when the data lies on the device.", json_schema_extra=hint(advanced=True))
-    limit: int | None = Field(None, ge=1, description="Use only the first so many training samples.", json_schema_extra=hint(advanced=True))
+    workers: int = Field(
+        2,
+        ge=0,
+        description="Loader processes per rank; unused when the data lies on the device.",
+        json_schema_extra=hint(advanced=True),
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Use only the first so many training samples.", json_schema_extra=hint(advanced=True)
+    )
     args: Arguments = Field({}, description="Keyword arguments of the data set's loader.", json_schema_extra=hint(advanced=True))
 
     @field_validator("name")
@@ -46,7 +59,7 @@ class DataConfig(Config):
     def _name_is_known(cls, name: str) -> str:
         from workbench.data.cards import card_names
 
-        if ":" not in name and name != "given" and name not in card_names():
+        if ":" not in name and not name.endswith(".pkl") and name not in card_names():
             raise unknown("data set", name, card_names())
         return name
 

@@ -15,7 +15,6 @@ from workbench.data.cards import data_folder
 from workbench.data.splits import Arrays, Splits
 from workbench.errors import DataError
 
-
 PATIENCE = 15.0
 """Seconds of silence after which a download is given up."""
 
@@ -47,8 +46,8 @@ def cifar10() -> Splits:
     folder = data_folder() / "cifar10"
     files = [folder / "train.parquet", folder / "test.parquet"]
     if all(file.is_file() for file in files):
-        return Splits(*(read_image_parquet(file) for file in files))
-    return Splits(*(_cifar10_by_torchvision(folder, train) for train in (True, False)))
+        return Splits(read_image_parquet(files[0]), read_image_parquet(files[1]))
+    return Splits(_cifar10_by_torchvision(folder, True), _cifar10_by_torchvision(folder, False))
 
 
 def read_image_parquet(file: Path) -> Arrays:
@@ -71,7 +70,9 @@ def read_image_parquet(file: Path) -> Arrays:
         images = list(pool.map(lambda pair: _decode(pair[1], f"{file}, row {pair[0]}"), enumerate(encoded), chunksize=512))
     for row, image in enumerate(images):
         if image.shape != images[0].shape:
-            raise DataError(f"{file}, row {row}: the image is {image.shape}, the first is {images[0].shape}.", "Resize them to one size.")
+            raise DataError(
+                f"{file}, row {row}: the image is {image.shape}, the first is {images[0].shape}.", "Resize them to one size."
+            )
     x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return Arrays(x, torch.tensor(table.column("label").to_numpy().astype(np.int64)))
 

@@ -15,6 +15,7 @@ from workbench.data.cards import card_names, read_card
 from workbench.data.config import DataConfig
 from workbench.errors import DataError
 from workbench.registry import find_source, load_object
+from workbench.storage import load_dumped
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,21 @@ def load_splits(config: DataConfig, given: Any = None, *, root: Path | None = No
         splits = replace(
             load_object(card.loader)(**config.args), classes=card.classes, mean=card.mean, std=card.std, augment=card.augment
         )
+    elif config.name.endswith(".pkl"):
+        kept = Path(find_source(config.name, root))
+        if not kept.is_file():
+            raise DataError(
+                "The data was given as an object, of which the run folder could keep no copy.",
+                "Give it again: train(config, data=…).",
+            )
+        splits = as_splits(load_dumped(kept), "the data given")
     else:
         splits = as_splits(load_object(find_source(config.name, root))(**config.args), config.name)
     for part in (splits.train, splits.eval):
         if not hasattr(part, "__len__"):
             raise DataError(
-                f"A {type(part).__name__} has no length, so there is no epoch of it.", "Take a data set with __len__ and __getitem__."
+                f"A {type(part).__name__} has no length, so there is no epoch of it.",
+                "Take a data set with __len__ and __getitem__.",
             )
     if config.limit is not None:
         splits = replace(splits, train=_first(splits.train, config.limit))

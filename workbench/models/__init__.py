@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workbench.errors import ConfigError, ModelError, WorkbenchError
 from workbench.models.config import MODELS, ModelConfig
 from workbench.models.structure import Structure, structure_of
 from workbench.registry import find_source, load_object
+from workbench.storage import load_dumped
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +42,9 @@ def build_model(config: ModelConfig, *, root: Path | None = None) -> nn.Module:
     shape = {"num_classes": config.num_classes, "in_channels": config.in_channels}
     given = {key: value for key, value in shape.items() if value is not None}
     try:
-        if MODELS.known(name):
+        if name.endswith(".pkl"):
+            model = load_dumped(Path(name))
+        elif MODELS.known(name):
             factory = MODELS.factory(name)
             model = factory(**_accepted(factory, given), **config.args)
         else:
@@ -53,8 +56,11 @@ def build_model(config: ModelConfig, *, root: Path | None = None) -> nn.Module:
     except Exception as error:
         raise ModelError(f"The model {config.name!r} could not be built: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
-        raise ModelError(f"The factory of the model {config.name!r} returned {type(model).__name__}.", "Return a torch.nn.Module.")
-    model.structure = Structure(model=config.model_dump(mode="json"))  # type: ignore[assignment]
+        raise ModelError(
+            f"The factory of the model {config.name!r} returned {type(model).__name__}.", "Return a torch.nn.Module."
+        )
+    # The name where it was found: a model saved elsewhere later still finds the file that made it.
+    model.structure = Structure(model=config.model_dump(mode="json") | {"name": name})  # type: ignore[assignment]
     return model
 
 
@@ -69,7 +75,6 @@ def _accepted(factory: object, given: dict[str, int]) -> dict[str, int]:
 def _from_timm(name: str, config: ModelConfig, given: dict[str, int]) -> nn.Module:
     import timm
 
-    renamed = {"num_classes": given.get("num_classes"), "in_chans": given.get("in_channels")}
-    return timm.create_model(
-        name, pretrained=config.pretrained, **{k: v for k, v in renamed.items() if v is not None}, **config.args
-    )
+    renamed: dict[str, Any] = {"num_classes": given.get("num_classes"), "in_chans": given.get("in_channels")}
+    arguments = {key: value for key, value in renamed.items() if value is not None} | config.args
+    return timm.create_model(name, pretrained=config.pretrained, **arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+
 from pydantic import Field, field_validator
 
 from workbench.config import Arguments, Config, hint
@@ -38,9 +39,13 @@ class ModelConfig(Config):
         json_schema_extra=hint(choices="models"),
     )
     pretrained: bool = Field(False, description="Start from published weights (timm names only; downloads them).")
-    num_classes: int | None = Field(None, ge=1, description="Outputs of the classifier; by default as many as the data has classes.")
+    num_classes: int | None = Field(
+        None, ge=1, description="Outputs of the classifier; by default as many as the data has classes."
+    )
     in_channels: int | None = Field(None, ge=1, description="Input channels; by default as many as the data has.")
-    args: Arguments = Field({}, description="Further keyword arguments of the model's factory.", json_schema_extra=hint(advanced=True))
+    args: Arguments = Field(
+        {}, description="Further keyword arguments of the model's factory.", json_schema_extra=hint(advanced=True)
+    )
 
     @field_validator("name")
     @classmethod

@@ -26,7 +26,9 @@ class ProbeConfig(Config):
     every: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         "auto", description="Read once in so many optimizer steps; 0 never; auto: as often as costs little (see resolved.yaml)."
     )
-    layers: str = Field("*", description="Names of the layers to read, as a shell pattern, e.g. 'stages.2.*'; several separated by commas.")
+    layers: str = Field(
+        "*", description="Names of the layers to read, as a shell pattern, e.g. 'stages.2.*'; several separated by commas."
+    )
 
 
 class ProbesConfig(Config):
@@ -35,7 +37,9 @@ class ProbesConfig(Config):
     gradients: ProbeConfig = Field(ProbeConfig(), description="Gradient and weight norms by parameter.")
     activations: ProbeConfig = Field(ProbeConfig(), description="Distribution of each layer's output.")
     memory: ProbeConfig = Field(ProbeConfig(), description="Memory of each rank.")
-    more: dict[str, ProbeConfig] = Field({}, description="Further registered probes by name.", json_schema_extra=hint(advanced=True))
+    more: dict[str, ProbeConfig] = Field(
+        {}, description="Further registered probes by name.", json_schema_extra=hint(advanced=True)
+    )
 
     def by_name(self) -> dict[str, ProbeConfig]:
         return {"gradients": self.gradients, "activations": self.activations, "memory": self.memory, **self.more}

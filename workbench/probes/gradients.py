@@ -35,7 +35,7 @@ class GradientProbe(Probe):
         present = [index for index, p in enumerate(self._parameters) if p.grad is not None]
         if not present:
             return None
-        weights = [self._parameters[index] for index in present]
+        weights: list[Tensor] = [self._parameters[index] for index in present]
         gradients = [w.grad for w in weights if w.grad is not None]
         norm = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).double()
         largest = torch.stack(torch._foreach_norm(gradients, float("inf"), dtype=torch.float32)).double()

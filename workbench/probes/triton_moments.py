@@ -9,7 +9,7 @@ from torch import Tensor
 BLOCK = 2048
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _moments(x, out, count, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     programs = tl.num_programs(0)

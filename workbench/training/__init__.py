@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from workbench import launcher
 from workbench.errors import RunError
 from workbench.run import Replay, Run
+from workbench.storage import dump_object
 from workbench.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def train(
     """
     from workbench.training.session import execute
 
-    run = prepare(config, model=model, root=root, replay=replay)
+    run = prepare(config, model=model, data=data, root=root, replay=replay, detached=False)
     attempt = launcher.claim(run.path, 1)
     trainer = execute(run, attempt, data=data)
     return TrainResult(run, trainer.model, trainer.metrics)
@@ -67,19 +68,23 @@ def prepare(
     config: TrainConfig,
     *,
     model: nn.Module | None = None,
+    data: Any = None,
     root: str | os.PathLike[str] | None = None,
     replay: Replay | None = None,
+    detached: bool = True,
 ) -> Run:
     """A run folder, ready to be started.
 
     Args:
         config: what to train.
         model: stored in the folder as the model to start from.
+        data: stored in the folder as the data to train on.
         root: parent of the folder.
         replay: commands to apply after given steps.
+        detached: other processes will train, so that everything must be stored; else what cannot be pickled stays with us.
 
     Raises:
-        RunError: a file that the config names is missing, or the model cannot be stored.
+        RunError: a file that the config names is missing, or the model or data cannot be stored.
     """
     from workbench.training import repro, sources
 
@@ -88,13 +93,19 @@ def prepare(
             f"config is a {type(config).__name__}, not a TrainConfig.", "Build one: TrainConfig(data={'name': 'digits'}, …)."
         )
     if model is not None:
-        config = config.override({"model.name": sources.MODEL})
+        config = config.override({"model.name": sources.model_name(model)})
+    if data is not None:
+        config = config.override({"data.name": sources.DATA_OBJECT})
     run = Run.create(config, label=config.title, root=root)
     sources.copy_sources(config, run.path)
     if model is not None:
-        from workbench.artefact import save_model
-
-        save_model(model, run.path / sources.MODEL)
+        sources.keep_model(model, run.path)
+    if data is not None:
+        try:
+            dump_object(data, run.path / sources.DATA_OBJECT)
+        except RunError:
+            if detached:
+                raise
     if replay:
         sources.write_replay(run.path, replay)
     repro.write_code(run.path, config)

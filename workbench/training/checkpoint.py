@@ -29,8 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from workbench.distributed import World, barrier
-from workbench.errors import RunError
-from workbench.storage import as_run_error, fsync_folder, fsync_tree, write_atomic
+from workbench.storage import as_run_error, check_owner, fsync_folder, fsync_tree, write_atomic
 
 
 def save(folder: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any], world: World, keep: int) -> Path:
@@ -99,20 +98,6 @@ def _alone_is_fine() -> Iterator[None]:
         yield
 
 
-def check_owner(path: Path, *, trust: bool = False) -> None:
-    """Refuse a checkpoint that another user wrote, unless trusted: it holds pickled code.
-
-    Raises:
-        RunError: the folder belongs to another user.
-    """
-    if trust or not hasattr(os, "getuid") or path.stat().st_uid == os.getuid():
-        return
-    raise RunError(
-        f"The checkpoint {path} belongs to another user, and opening one can run code.",
-        "If you trust its author, copy the run folder (cp -r): the copy is yours.",
-    )
-
-
 def read_facts(path: Path) -> dict[str, Any]:
     """The JSON values of a checkpoint."""
     facts: dict[str, Any] = json.loads((path / "trainer.json").read_bytes())
@@ -162,8 +147,9 @@ def restore(
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """States of every generator that training may draw from, as tensors."""
-    _, key, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - the global generator is what users draw from
-    version, words, gauss_next = random.getstate()
+    drawn: Any = np.random.get_state()  # noqa: NPY002 - the global generator is what users draw from
+    _, key, position, has_gauss, gauss = drawn
+    _, words, gauss_next = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
         "numpy": torch.from_numpy(np.concatenate([key.astype(np.int64), [position, has_gauss]])),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -55,11 +56,11 @@ class TrainConfig(Config):
     )
     precision: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = Field(
         "auto",
-        description="Arithmetic of matrix products and convolutions; weights stay fp32. auto: bf16 on accelerators that have it, else fp32.",
+        description="Arithmetic of matrix products and convolutions; weights stay fp32. auto: bf16 where an accelerator has it.",
     )
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = Field(
         "off",
-        description="torch.compile the model: off, or its mode; auto: default on an accelerator when the run is long enough to pay for it.",
+        description="torch.compile the model: off, or a mode; auto: captured graphs on an accelerator, for runs that are long enough.",
     )
     channels_last: bool = Field(
         True,
@@ -106,4 +107,4 @@ class TrainConfig(Config):
     @property
     def title(self) -> str:
         """The label, or model and data."""
-        return self.label or f"{self.model.name.rsplit('/', 1)[-1].rsplit(':', 1)[-1]}-{self.data.name.rsplit(':', 1)[-1]}"
+        return self.label or "-".join(Path(part.name.rpartition(":")[2]).stem for part in (self.model, self.data))

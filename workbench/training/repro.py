@@ -8,7 +8,7 @@ from pathlib import Path
 from workbench import events
 from workbench.storage import write_atomic
 from workbench.training.config import TrainConfig
-from workbench.training.sources import MODEL, kept_name
+from workbench.training.sources import kept_name
 
 _SOURCES = ("model.name", "data.name", "loss.name", "optim.name")
 
@@ -25,7 +25,9 @@ def code(config: TrainConfig, said: Iterable[events.Event] = (), nproc: int = 1)
         elif isinstance(event, events.CommandApplied) and event.name in ("set", "stop"):
             changes.append((event.step, event.name, dict(event.settings)))
     kept = {
-        name: value for name, value in config.flat().items() if name in _SOURCES and (kept_name(value) != value or value == MODEL)
+        name: value
+        for name, value in config.flat().items()
+        if name in _SOURCES and (kept_name(value) != value or value.startswith("source/"))
     }
     lines, replay = [], f", replay={changes!r}" if changes else ""
     verb, more = ("train", "") if nproc == 1 else ("launch", f", nproc={nproc}")

@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from workbench.errors import RunError
+from workbench.registry import load_object
 from workbench.run import Replay
-from workbench.storage import write_atomic
+from workbench.storage import dump_object, write_atomic
 from workbench.training.config import TrainConfig
 
-MODEL = "source/model"
-"""Where a run folder keeps the module that a run was given."""
+MODEL, MODEL_OBJECT, DATA_OBJECT = "source/model", "source/model.pkl", "source/data.pkl"
+"""Where a run folder keeps the module or the data that a run was given as objects."""
+
+
+def keep_model(model: Any, folder: Path) -> None:
+    """Keep the module that a run starts from as :data:`MODEL`, or pickled when nothing says how to build it again.
+
+    Raises:
+        RunError: it can be kept in neither way.
+    """
+    if model_name(model) == MODEL:
+        load_object("workbench.artefact:save_model")(model, folder / MODEL)  # by name: it imports torch, and few runs need it
+    else:
+        dump_object(model, folder / MODEL_OBJECT)
+
+
+def model_name(model: Any) -> str:
+    """What ``model.name`` becomes when a run is given this module."""
+    built = getattr(getattr(model, "structure", None), "model", None)
+    return MODEL_OBJECT if built is None else MODEL
 
 
 def copy_sources(config: TrainConfig, folder: Path) -> None:
