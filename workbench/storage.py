@@ -212,7 +212,7 @@ def load_dumped(path: Path) -> Any:
 
 
 def check_owner(path: Path, *, trust: bool = False) -> None:
-    """Refuse what another user wrote, unless trusted, where opening it can run code.
+    """Refuse what another user wrote, unless trusted, where opening one can run code.
 
     Raises:
         RunError: the file or folder belongs to another user.
@@ -220,6 +220,6 @@ def check_owner(path: Path, *, trust: bool = False) -> None:
     if trust or not hasattr(os, "getuid") or path.stat().st_uid == os.getuid():
         return
     raise RunError(
-        f"{path} belongs to another user, and opening it can run code.",
+        f"{path} belongs to another user, and opening one can run code.",
         "If you trust its author, copy the run folder: the copy is yours.",
     )

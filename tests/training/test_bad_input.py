@@ -24,7 +24,6 @@ from torch.utils.data import Dataset
 
 from workbench import Run, TrainConfig, launch, train
 from workbench.errors import (
-    ArtefactError,
     ConfigError,
     DataError,
     DeviceError,

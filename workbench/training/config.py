@@ -60,7 +60,7 @@ class TrainConfig(Config):
     )
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = Field(
         "off",
-        description="torch.compile the model: off, or a mode; auto: captured graphs on an accelerator, for runs that are long enough.",
+        description="torch.compile the model: off, or a mode; auto: captured graphs on an accelerator, for long runs.",
     )
     channels_last: bool = Field(
         True,
