@@ -77,6 +77,9 @@ function render({ model, el, signal, store }) {
       xaxis: { title: { text: options.x_title } },
       yaxis: { type: options.log_y ? "log" : "linear", exponentformat: "power", nticks: 6 },
     });
+    if (options.traces.every((trace) => trace.share)) layout.yaxis.range = rangeOfShares(data.flatMap((trace) => trace.y));
+    const steps = data.flatMap((trace) => trace.x);
+    if (new Set(steps).size === 1) layout.xaxis.range = [0, steps[0] * 1.05]; // one point alone: keep zero in sight
     if (second) layout.yaxis2 = { ...layout.yaxis, type: "linear", overlaying: "y", side: "right", showgrid: false, tickmode: "auto" };
     await Plotly.react(plot, data, layout, CONFIG);
     drawn = true;

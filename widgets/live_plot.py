@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 PERIOD = 0.25
 """Least seconds between two frames."""
 
-_TRACE = {"label": "", "color": None, "mode": "lines", "axis": 1, "dash": None, "smooth": 0.0}
+_TRACE = {"label": "", "color": None, "mode": "lines", "axis": 1, "dash": None, "smooth": 0.0, "share": False}
 
 
 def module(*names: str) -> str:
@@ -220,7 +220,7 @@ class LivePlot(LiveWidget):
     Args:
         traces: name → options, each optional: ``label``, ``color`` ("#rrggbb"), ``mode`` ("lines", "markers",
             "lines+markers"), ``axis`` (1 left, 2 right), ``dash`` ("dot", "dash"), ``smooth`` (0 to below 1: weight of an
-            exponential average drawn over the faint raw curve).
+            exponential average drawn over the faint raw curve), ``share`` (values from 0 to 1: the axis ends at 1).
         x_title: what the horizontal axis counts.
         log_y: logarithmic left axis.
         height: of the drawing area, pixels.

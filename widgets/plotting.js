@@ -280,3 +280,10 @@ class Painter {
     this.times = [];
   }
 }
+
+// Range of an axis of shares, which end at 1 however few points there are to scale by; undefined for other values.
+function rangeOfShares(values) {
+  const known = values.filter((value) => value !== null);
+  if (!known.length || known.some((value) => !(value >= 0 && value <= 1))) return undefined;
+  return [Math.max(0, Math.min(...known) - 0.1), 1.02];
+}

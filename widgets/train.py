@@ -303,7 +303,7 @@ class TrainPanel(Panel):
         before, self._metric_names = self._metric, names
         self._metric = None
         if names:
-            traces = {name: {"mode": "lines+markers"} for name in names}
+            traces = {name: {"mode": "lines+markers", "share": name == "accuracy"} for name in names}
             self._metric = LivePlot(traces, label="metrics by step", height=160, static=False)
         self._plots.children = [self._loss, *([self._metric] if self._metric else [])]
         if before is not None:

@@ -37,8 +37,7 @@ Object.assign(View.prototype, {
     const layout = layoutOf(colours, { hovermode: "x unified", uirevision: "kept", yaxis: { nticks: 6, rangemode: "normal" }, xaxis: { title: { text: "step" } } });
     if (right.length) {
       layout.yaxis2 = { ...layout.yaxis, overlaying: "y", side: "right", showgrid: false, rangemode: "normal", tickmode: "auto", nticks: 6 };
-      // A share ends at 1, however few points there are to scale an axis by.
-      if (right.every((value) => value >= 0 && value <= 1)) layout.yaxis2.range = [Math.max(0, Math.min(...right) - 0.1), 1];
+      layout.yaxis2.range = rangeOfShares(right);
     }
     return card.react(data, layout);
   },
