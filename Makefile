@@ -54,7 +54,8 @@ $(BROWSER): $(INSTALLED)
 lab: $(INSTALLED)  ## JupyterLab at the quickstart
 	WORKBENCH_RUNS="$(CURDIR)/runs" $(BIN)/jupyter lab $(ROOT_FLAG) $(QUICKSTART)
 
-bench: $(INSTALLED)  ## the benchmarks of tests/bench
+bench: $(INSTALLED)  ## the benchmarks of tests/bench, beside their peers
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@for file in tests/bench/[!_]*.py; do echo "== $$file"; $(BIN)/python -m tests.bench.$$(basename $$file .py) || exit 1; done
 
 check: $(INSTALLED)  ## format, lint, types, and no outputs in notebooks
