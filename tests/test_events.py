@@ -18,7 +18,7 @@ SPECIAL: dict[str, Any] = {
     "loss": st.lists(st.none() | NUMBERS, max_size=4),
     "metrics": st.dictionaries(st.text(max_size=5), NUMBERS, max_size=3),
     "settings": st.dictionaries(st.text(max_size=5), NUMBERS, max_size=3),
-    "remedy": st.dictionaries(st.text(max_size=5), NUMBERS | st.text(max_size=5), max_size=3),
+    "remedy": st.dictionaries(st.text(max_size=5), st.floats(-1e9, 1e9) | st.text(max_size=5), max_size=3),
     "time": st.floats(0, 1e10),
     "lr": st.lists(NUMBERS, max_size=4),
     "samples_per_s": st.none() | NUMBERS,

@@ -47,12 +47,12 @@ def test_a_file_that_is_edited_is_imported_anew(tmp_path: Path) -> None:
 
 
 def test_a_file_that_fails_to_import_is_not_left_half_imported(tmp_path: Path) -> None:
-    source = tmp_path / "broken.py"
+    source = tmp_path / "halfway.py"
     source.write_text("value = 1\nraise OSError('no')")
     for _ in range(2):
         with pytest.raises(ConfigError, match="fails to import: OSError: no"):
             load_object(f"{source}:value")
-    assert not any("broken" in name for name in sys.modules)
+    assert not any("halfway" in name for name in sys.modules)
 
 
 @pytest.mark.parametrize(
