@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from workbench import events
+from workbench import events, launcher
 from workbench.run import TERMINAL, Run
 
 PERIOD = 0.25
@@ -14,7 +14,7 @@ PERIOD = 0.25
 
 
 class Follower:
-    """Watches a run until it ends or :meth:`close` is called.
+    """Watches a run until it has finished or :meth:`close` is called; one that is resumed is followed on.
 
     Args:
         run: the run.
@@ -52,14 +52,23 @@ class Follower:
     def _watch(self) -> None:
         while not self._closed.is_set():
             started = time.thread_time()
+            attempt = launcher.Attempt.latest(self.run.path)
             status = self.run.status  # before the events: a run that ended in between is looked at once more
             self._look()
             if self._closed.is_set():
                 return
             self._on_look(status)
-            if status in TERMINAL:
+            if status == "finished":
                 return
+            if status in TERMINAL:
+                self._wait_for_a_restart(attempt)
+                continue
             self._closed.wait(max(PERIOD, 10 * (time.thread_time() - started)))
+
+    def _wait_for_a_restart(self, attempt: launcher.Attempt | None) -> None:
+        """A run that stopped, failed or was lost may be resumed, here or elsewhere: one look a second at its attempts."""
+        while not self._closed.wait(1.0) and launcher.Attempt.latest(self.run.path) == attempt:
+            pass
 
     def _look(self) -> None:
         current = self.run.events

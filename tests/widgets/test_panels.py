@@ -53,6 +53,19 @@ class TestFollower:
         follower.close()
         until(lambda: not follower.alive)
 
+    def test_goes_on_with_a_run_that_is_resumed(self, fake_run: Any, until: Any) -> None:
+        fake = fake_run().start().steps(1, 10)
+        statuses: list[str] = []
+        steps: list[int] = []
+        follower = Follower(fake.run, lambda fresh, anew: steps.extend(e.step for e in fresh), statuses.append).start()
+        fake.end("stopped")
+        until(lambda: "stopped" in statuses)
+        fake.start(step=10)
+        fake.steps(11, 20)
+        until(lambda: 20 in steps)
+        follower.close()
+        until(lambda: not follower.alive)
+
 
 class TestTrainPanel:
     def test_shows_the_code_that_start_runs(self, live: None, runs: Path) -> None:
