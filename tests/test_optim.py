@@ -121,7 +121,7 @@ def reference(norms: list[float], max_norm: float, decay: float, deviations: flo
     mean, square, kept = 0.0, 0.0, []
     for seen, norm in enumerate(norms):
         spread = math.sqrt(max(square - mean * mean, 0.0))
-        threshold = max_norm if seen < warmup else mean + deviations * spread
+        threshold = max_norm if seen < warmup else min(max_norm, mean + deviations * spread)
         kept.append(min(norm, threshold))
         weight = max(1 / (seen + 1), 1 - decay)
         mean += weight * (kept[-1] - mean)

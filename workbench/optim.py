@@ -104,13 +104,13 @@ class AdaptiveGradientClipper:
     compiled steps. Nothing is read back to the host.
 
     Args:
-        max_norm: ``fixed``: the largest L2 norm of all gradients together. ``dynamic``: the same, until the running norm is
-            known. ``agc``: the largest ratio of gradient to parameter norm, by output unit.
+        max_norm: ``fixed``: the largest L2 norm of all gradients together. ``dynamic``: the same; below it the threshold
+            follows the running norm. ``agc``: the largest ratio of gradient to parameter norm, by output unit.
         mode: ``fixed`` (Pascanu et al. 2013, arXiv:1211.5063), ``dynamic`` (mean + ``deviations`` standard deviations of the
             running norm, as ZClip, Kumar et al. 2025, arXiv:2504.02507) or ``agc`` (Brock et al. 2021, arXiv:2102.06171).
         decay: of the running mean and variance of the norm, per step.
         deviations: standard deviations above the mean at which ``dynamic`` clips.
-        warmup: steps before ``dynamic`` leaves ``max_norm``.
+        warmup: steps before ``dynamic`` goes below ``max_norm``.
     """
 
     def __init__(
@@ -173,7 +173,8 @@ class AdaptiveGradientClipper:
             self.state = torch.zeros(3, device=norm.device)
         seen, mean, square = self.state.to(norm.device).unbind()
         deviation = (square - mean * mean).clamp(min=0).sqrt()
-        threshold = torch.where(seen < self.warmup, torch.full_like(norm, self.max_norm), mean + self.deviations * deviation)
+        ceiling = torch.full_like(norm, self.max_norm)
+        threshold = torch.where(seen < self.warmup, ceiling, torch.minimum(mean + self.deviations * deviation, ceiling))
         kept = torch.minimum(norm, threshold)  # what was clipped must not raise the threshold
         weight = torch.maximum(1 / (seen + 1), torch.full_like(seen, 1 - self.decay))
         finite = torch.isfinite(norm)

@@ -67,7 +67,7 @@ class ClipConfig(Config):
     """Gradient clipping."""
 
     mode: Literal["off", "fixed", "dynamic", "agc"] = Field(
-        "off", description="off; fixed norm; dynamic: follows the running norm; agc: by unit, relative to the weights."
+        "off", description="off; fixed norm; dynamic: follows the running norm below it; agc: by unit, relative to the weights."
     )
     max_norm: float = Field(
         1.0, gt=0, description="Largest gradient norm (agc: ratio of gradient to weight norm).", json_schema_extra=hint(log=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 
+from workbench.data.splits import Arrays, Splits
 from workbench.errors import DeviceError
 from workbench.storage import write_atomic
 from workbench.training.config import TrainConfig
@@ -52,6 +53,21 @@ def decide_precision(config: TrainConfig, device: torch.device, decisions: Decis
     if torch.cuda.is_bf16_supported():
         return str(decisions.decide("precision", "bf16", "this GPU has bf16 tensor cores, and bf16 needs no loss scaling"))
     return str(decisions.decide("precision", "fp16", "this GPU has no bf16"))
+
+
+def decide_placement(config: TrainConfig, splits: Splits, device: torch.device, decisions: Decisions) -> str:
+    """Where the samples wait: ``device`` or ``loader``."""
+    if config.data.placement != "auto":
+        return config.data.placement
+    if not isinstance(splits.train, Arrays):
+        return "loader"
+    size = splits.train.nbytes
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        if size > free / 4:
+            reason = f"the samples take {size / 2**30:.1f} GiB, over a quarter of the {free / 2**30:.1f} GiB free on the device"
+            return str(decisions.decide("data.placement", "loader", reason))
+    return str(decisions.decide("data.placement", "device", f"the samples take {size / 2**20:.1f} MiB"))
 
 
 def decide_compile(config: TrainConfig, device: torch.device, total_steps: int, decisions: Decisions) -> str:

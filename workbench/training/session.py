@@ -99,7 +99,8 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
         model.to(memory_format=torch.channels_last)
     shard = Shard(world.rank, world.size, config.accumulate)
     target = Target(world.device, precision.dtype, channels_last)
-    batches = Batches(splits, config.data, shard, target, config.seed)
+    placement = decisions.decide_placement(config, splits, world.device, decided)
+    batches = Batches(splits, config.data.override({"placement": placement}), shard, target, config.seed)
     total_steps = min(config.epochs * batches.steps_per_epoch, config.max_steps or 10**12)
     _check_model(model, batches, config, precision)
 
