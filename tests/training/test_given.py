@@ -68,3 +68,22 @@ def test_data_that_cannot_be_kept_trains_here_but_is_not_launched() -> None:
         launch(CONFIG, model=Net(), data=data)
     with pytest.raises(DataError, match="kept no copy|could keep no copy"):
         train(CONFIG.override({"data.name": "source/data.pkl"}), model=Net())
+
+
+def test_an_augmentation_and_a_probe_of_ones_own_are_kept_with_the_run(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from workbench.probes import Probe\n"
+        "import torch\n"
+        "def darker(x, draw):\n    return x // 2\n"
+        "class Count(Probe):\n"
+        "    kind = 'counts'\n"
+        "    def read(self, context):\n        return torch.tensor([context.step])\n"
+        "    def table(self, step, values):\n        return {'step': [step], 'count': [int(values[0])]}\n"
+    )
+    own = {"model.name": "mlp", "data.augment": [f"{file}:darker"], "probes.more": {f"{file}:Count": {"every": 5}}}
+    config = CONFIG.override(own)
+    run = train(config.override({"max_steps": 20}), replay=[(10, "stop", {})]).run
+    assert run.readings("counts")["count"].tolist() == [1, 5, 10]
+    file.unlink()
+    assert run.resume().wait(120).readings("counts")["count"].tolist() == [1, 5, 10, 15, 20]

@@ -86,7 +86,10 @@ def execute(run: Run, attempt: int, *, data: Any = None) -> Trainer:
 
 def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, world: World, data: Any) -> Trainer:
     # As the run was given them, however the originals changed since.
-    config = config.override({f"{part}.name": find_source(getattr(config, part).name, run.path) for part in ("loss", "optim")})
+    kept: dict[str, Any] = {f"{part}.name": find_source(getattr(config, part).name, run.path) for part in ("loss", "optim")}
+    if config.data.augment is not None:
+        kept["data.augment"] = [find_source(name, run.path) for name in config.data.augment]
+    config = config.override(kept)
     decided = decisions.Decisions(run.resolved)
     splits = load_splits(config.data, data, root=run.path)
     precision = Precision(decisions.decide_precision(config, world.device, decided), world.device)
@@ -107,7 +110,7 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     probes: dict[str, tuple[Probe, int]] = {}
     for name, wanted in config.probes.by_name().items():
         every = decisions.decide_every(name, wanted.every, world.device, total_steps, decided)
-        probes[name] = (PROBES.create(name, wanted), every)
+        probes[name] = (PROBES.create(find_source(name, run.path), wanted), every)
     probe_set = ProbeSet(probes, recorder.reading)
     probe_set.attach(model)
     compile_mode = decisions.decide_compile(config, world.device, total_steps, decided)

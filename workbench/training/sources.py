@@ -40,7 +40,8 @@ def copy_sources(config: TrainConfig, folder: Path) -> None:
     Raises:
         RunError: a file is missing, or two of one name differ.
     """
-    for name in (config.model.name, config.data.name, config.loss.name, config.optim.name):
+    plugged = [*(config.data.augment or ()), *config.probes.more]
+    for name in (config.model.name, config.data.name, config.loss.name, config.optim.name, *plugged):
         path = Path(name.partition(":")[0])
         if path.suffix != ".py":
             continue
