@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import logging
 import os
 import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,12 +42,25 @@ def has_compiler() -> bool:
     return any(name and shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++"))
 
 
+def import_quietly(module: str) -> ModuleType:
+    """Import a module that has PyTorch log remarks of no use to the reader of a notebook: of its own enums, of a missing CUDA."""
+    loggers = [logging.getLogger(name) for name in ("torch.utils._pytree", "torch.utils.cpp_extension")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        return importlib.import_module(module)
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 class _Compiled(nn.Module):
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         # Importing the quantizer registers the fusion passes that turn quantize-dequantize pairs into INT8 kernels.
-        import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
-
+        import_quietly("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+        import_quietly("torch.utils.cpp_extension")
         self.model = copy.deepcopy(model).eval()  # frozen weights are copies anyway: don't follow later changes in half
         self.dtype = dtype
         self.structure = structure_of(model)

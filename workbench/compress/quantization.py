@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from workbench.compress.compilation import import_quietly
 from workbench.compress.config import QuantConfig
 from workbench.errors import ArtefactError, DataError, ModelError
 from workbench.models.structure import Structure, count_parameters, structure_of
@@ -150,6 +151,7 @@ def _static(source: nn.Module, config: QuantConfig, data: Any) -> tuple[Quantize
 
 
 def _dynamic(source: nn.Module) -> nn.Module:
+    import_quietly("torchao.quantization")
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     if not any(isinstance(module, nn.Linear) for module in source.modules()):
@@ -179,6 +181,7 @@ def _samples(data: Any, limit: int) -> Iterator[torch.Tensor]:
 
 def _prepare(source: nn.Module, x: torch.Tensor, config: QuantConfig) -> GraphModule:
     """The model as a graph with observers at every value that becomes INT8; any batch size from 1."""
+    import_quietly("torchao.quantization")
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
