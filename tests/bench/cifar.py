@@ -210,14 +210,14 @@ def main() -> None:
     arguments = parser.parse_args()
     epochs, workers = arguments.epochs, arguments.workers
     contestants: dict[str, Callable[[], float]] = {
-        "step alone, eager": lambda: step_alone("off"),
-        "step alone, compiled": lambda: step_alone("default"),
         "step alone, captured": lambda: step_alone("reduce-overhead"),
-        f"plain loop, {workers} workers": lambda: plain_loop(epochs, workers),
-        f"Lightning, {workers} workers": lambda: lightning(epochs, workers),
-        "workbench, eager": lambda: workbench(epochs * 2, "off"),
         "workbench, captured": lambda: workbench(epochs * 2, "reduce-overhead"),
         "workbench, captured, Inspector off": lambda: workbench(epochs * 2, "reduce-overhead", inspector=False),
+        f"Lightning, {workers} workers": lambda: lightning(epochs, workers),
+        f"plain loop, {workers} workers": lambda: plain_loop(epochs, workers),
+        "step alone, eager": lambda: step_alone("off"),
+        "workbench, eager": lambda: workbench(epochs * 2, "off"),
+        "step alone, compiled": lambda: step_alone("default"),
     }
     figures = {}
     print(f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__}, batch {BATCH}", flush=True)
