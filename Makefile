@@ -46,10 +46,12 @@ browser: $(BROWSER)
 
 # The tests of the panels drive a real browser; where there is none and none can be had, they are skipped and say so.
 $(BROWSER): $(INSTALLED)
-	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && touch $@ && break; done; test -e $@ || { \
-		timeout 300 $(BIN)/playwright install $(if $(ROOT_FLAG),--with-deps) chromium >/dev/null 2>&1 || \
-		{ test -n "$(ROOT_FLAG)" && command -v apt-get >/dev/null && { apt-get update && apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1; } || \
-		echo "No browser could be installed: the browser tests will be skipped."; touch $@; }
+	@found() { for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && return; done; return 1; }; \
+	found || { test -n "$(ROOT_FLAG)" && command -v apt-get >/dev/null && \
+		{ apt-get update && apt-get install -y --no-install-recommends chromium fonts-liberation; } >/dev/null 2>&1; }; \
+	found || timeout 300 $(BIN)/playwright install chromium >/dev/null 2>&1 || \
+		echo "No browser could be installed: the browser tests will be skipped."
+	@touch $@
 
 lab: $(INSTALLED)  ## JupyterLab at the quickstart
 	WORKBENCH_RUNS="$(CURDIR)/runs" $(BIN)/jupyter lab $(ROOT_FLAG) $(QUICKSTART)
