@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,19 @@ def kill(run: Run) -> None:
     """SIGKILL the worker, and wait until it is gone."""
     attempt = Attempt.latest(run.path)
     assert attempt is not None
-    os.kill(attempt.process.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it ended by itself
+        os.kill(attempt.process.pid, signal.SIGKILL)
     while attempt.process.alive():
         time.sleep(0.005)
+
+
+def saving(run: Run) -> set[int]:
+    """Checkpoints begun and not complete, by inode: one left by an earlier kill stays until its step is saved again."""
+    found = set()
+    for path in (run.path / "checkpoints").glob("*.tmp"):
+        with suppress(FileNotFoundError):  # complete by now
+            found.add(path.stat().st_ino)
+    return found
 
 
 @pytest.mark.slow
@@ -53,18 +64,20 @@ def test_twenty_kills_in_a_row_change_no_bit(
     draw = random.Random(seed)
     run = launch(config(epochs=60, checkpoint__every_steps=5, model__args={"pause": 0.01}), root=tmp_path)
     torn, killed, reached = 0, 0, 0
+    left: set[int] = set()
     for number in range(KILLS):
         until(lambda: started(run))
         if number % 2:
-            until(lambda: any((run.path / "checkpoints").glob("*.tmp")) or run.status == "finished", tick=0.0005)
-            time.sleep(draw.uniform(0, 0.03))
+            until(lambda: saving(run) - left or run.status == "finished", tick=0.0005)  # noqa: B023
+            time.sleep(draw.uniform(0, 0.006))
         else:
             time.sleep(draw.uniform(0, 0.8))
+        kill(run)
         if run.status == "finished":
             break
-        kill(run)
         killed += 1
-        torn += any((run.path / "checkpoints").glob("*.tmp"))
+        torn += bool(saving(run) - left)
+        left = saving(run)
         opened = Run.open(run.path)
         assert opened.status == "lost"
         assert_whole(opened)
@@ -74,7 +87,7 @@ def test_twenty_kills_in_a_row_change_no_bit(
         run.resume(nproc=1)
     run.wait(timeout=120)
     print(f"killed {killed} times, {torn} times within a save; {len(run.history)} steps")
-    assert killed == KILLS and torn >= 3
+    assert killed == KILLS and torn >= 2
     assert_whole(run)
     assert_same(run, uninterrupted)
 
