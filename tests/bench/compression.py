@@ -17,8 +17,7 @@ import torch
 
 from workbench import PruneConfig, QuantConfig, TrainConfig, compare, load_model, prune, quantize, save_model, train
 from workbench.comparison import CompareConfig
-from workbench.data import DataConfig
-from workbench.data.batches import load_batches
+from workbench.data import DataConfig, load_batches
 
 CONFIGS = {
     "digits": TrainConfig(

@@ -10,8 +10,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from workbench.data.augment import Draw
 from workbench.data.config import AUGMENTATIONS, DataConfig
-from workbench.data.splits import Arrays, Splits, load_splits
+from workbench.data.splits import Arrays, Splits
 from workbench.errors import ConfigError, DataError, WorkbenchError
 
 Batch = tuple[Any, Tensor]
@@ -201,23 +200,6 @@ class Batches:
                 yield (self._normalize(x) if isinstance(x, Tensor) and x.dtype == torch.uint8 and x.ndim == 4 else x), y, len(y)
         finally:
             _end(read)
-
-
-def load_batches(
-    config: DataConfig, split: Literal["train", "eval"] = "eval", *, seed: int = 0, root: Path | None = None
-) -> list[tuple[Any, Tensor]]:
-    """Batches (x, y) as a trainer on the CPU sees them, normalized: to calibrate with, to compare on.
-
-    Args:
-        config: of the data, e.g. ``run.config.data``.
-        split: ``"train"``: the first epoch, shuffled and augmented; ``"eval"``: the held-out samples in order.
-        seed: of order and augmentation.
-        root: folder against which relative files are looked up first (a run folder).
-    """
-    batches = Batches(load_splits(config, root=root), config, Shard(), Target(torch.device("cpu")), seed)
-    if split == "eval":
-        return [(x[:count], y[:count]) for x, y, count in batches.evaluation()]
-    return [batch for step in batches.epoch(0) for batch in step]
 
 
 def _affine(splits: Splits, target: Target) -> tuple[Tensor, Tensor]:
