@@ -9,7 +9,7 @@ from typing import Any
 from widgets.action import ActionPanel, preamble
 from widgets.job import Job
 from widgets.markup import Html, button
-from workbench.compress.config import PruneConfig
+from workbench.compress.pruning_config import PruneConfig
 from workbench.run import Run
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from widgets.action import ActionPanel, preamble
-from workbench.compress.config import QuantConfig
+from workbench.compress.quantization_config import QuantConfig
 from workbench.run import Run
 
 CALIBRATION = 'calibration = load_batches(run.config.data, "train", root=run.path)\n'

@@ -16,8 +16,8 @@ _EXPORTS = {
     "launch": "workbench.run",
     "Run": "workbench.run",
     "WorkbenchError": "workbench.errors",
-    "PruneConfig": "workbench.compress.config",
-    "QuantConfig": "workbench.compress.config",
+    "PruneConfig": "workbench.compress.pruning_config",
+    "QuantConfig": "workbench.compress.quantization_config",
     "prune": "workbench.compress",
     "quantize": "workbench.compress",
     "compare": "workbench.comparison",
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from workbench.artefact import load_model, save_model
     from workbench.comparison import compare
     from workbench.compress import prune, quantize
-    from workbench.compress.config import PruneConfig, QuantConfig
+    from workbench.compress.pruning_config import PruneConfig
+    from workbench.compress.quantization_config import QuantConfig
     from workbench.errors import WorkbenchError
     from workbench.notebook import load_ipython_extension
     from workbench.run import Run, launch

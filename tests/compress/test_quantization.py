@@ -9,7 +9,7 @@ from torch import nn
 from workbench.artefact import load_model, save_model, size_on_disk
 from workbench.compress import QuantConfig, Quantizer, compiled, prune, quantize
 from workbench.compress.compilation import has_compiler
-from workbench.compress.config import PruneConfig
+from workbench.compress.pruning_config import PruneConfig
 from workbench.errors import ArtefactError, ConfigError, DataError, ModelError
 from workbench.models import ModelConfig, build_model
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from widgets import ComparePanel, PrunePanel, QuantizePanel, TrainPanel, Workbench
-from workbench.compress.config import PruneConfig
+from workbench.compress.pruning_config import PruneConfig
 from workbench.run import Run
 from workbench.training.config import TrainConfig
 

@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 
 from widgets import fields
 from widgets.form import Form
-from workbench.compress.config import PruneConfig, QuantConfig
+from workbench.compress.pruning_config import PruneConfig
+from workbench.compress.quantization_config import QuantConfig
 from workbench.config import Config, hint
 from workbench.errors import ConfigError
 from workbench.training.config import TrainConfig

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from workbench.compress.compilation import compiled
-    from workbench.compress.config import CRITERIA, PruneConfig, QuantConfig
     from workbench.compress.pruning import ChannelPruner, prune
+    from workbench.compress.pruning_config import CRITERIA, PruneConfig
     from workbench.compress.quantization import Quantizer, quantize
+    from workbench.compress.quantization_config import QuantConfig
 
 __all__ = ["CRITERIA", "ChannelPruner", "PruneConfig", "QuantConfig", "Quantizer", "compiled", "prune", "quantize"]
 
 _HOMES = {
-    "CRITERIA": "config",
-    "PruneConfig": "config",
-    "QuantConfig": "config",
+    "CRITERIA": "pruning_config",
+    "PruneConfig": "pruning_config",
+    "QuantConfig": "quantization_config",
     "ChannelPruner": "pruning",
     "prune": "pruning",
     "Quantizer": "quantization",

@@ -24,7 +24,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from workbench.compress.compilation import import_quietly
-from workbench.compress.config import QuantConfig
+from workbench.compress.quantization_config import QuantConfig
 from workbench.errors import ArtefactError, DataError, ModelError
 from workbench.models.structure import Structure, count_parameters, structure_of
 
