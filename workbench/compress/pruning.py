@@ -1,7 +1,7 @@
 """Structured pruning: whole channels go, the model stays dense, smaller and ordinary.
 
 * :func:`prune` — a new, smaller model; :class:`ChannelPruner` is the same as a class.
-* criteria (:data:`~workbench.compress.pruning_config.CRITERIA`) — functions from a group of coupled layers to one score a channel.
+* criteria (``pruning_config.CRITERIA``) — functions from a group of coupled layers to one score a channel.
 * a record of what stayed, layer by layer, in ``model.structure``; :mod:`~workbench.compress.surgery` cuts and rebuilds by it.
 
 Which layers are coupled (a residual sum ties the outputs of all its branches) is found by torch-pruning's dependency graph.
