@@ -1,0 +1,77 @@
+"""Latency on the device at hand: calls timed in turns, so that a busy moment hits all of them alike.
+
+* :func:`latency_of` — milliseconds of each call, round by round.
+* :func:`ratio_of` — how much faster or slower one is than another, by the median over rounds.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from workbench.errors import ConfigError
+
+_WARM_UP = 3
+"""Calls before the first timed one: the first may compile, the others settle caches and clocks."""
+
+
+def latency_of(calls: Mapping[str, Callable[[], Any]], rounds: int = 30, seconds: float = 2.0) -> dict[str, list[float]]:
+    """Time ``calls`` in turns: once each a round, in an order that turns round by round, so that none always follows another.
+
+    Work on CUDA devices is waited for before and after each call. Garbage isn't collected within a round.
+
+    Args:
+        calls: functions of no argument, by name.
+        rounds: rounds at most.
+        seconds: no round is begun after so long, except the first three. Warming up (three calls each) isn't counted.
+
+    Returns:
+        Milliseconds by name, one a round; all lists have the same length, and the same position means the same round.
+
+    Raises:
+        ConfigError: no round is asked for.
+    """
+    if rounds < 1:
+        raise ConfigError(f"rounds={rounds} times nothing.", "Ask for at least one.")
+    wait = _synchronizer()
+    for call in calls.values():
+        for _ in range(_WARM_UP):
+            call()
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        end = time.perf_counter() + seconds
+        for done in range(rounds):
+            if done >= 3 and time.perf_counter() > end:
+                break
+            for name in order:
+                wait()
+                start = time.perf_counter_ns()
+                calls[name]()
+                wait()
+                taken[name].append((time.perf_counter_ns() - start) / 1e6)
+            order = order[1:] + order[:1]
+    finally:
+        if collects:
+            gc.enable()
+    return taken
+
+
+def ratio_of(times: Sequence[float], baseline: Sequence[float]) -> float:
+    """How long ``times`` take relative to ``baseline``: the median over rounds of their ratio in the same round.
+
+    A slow spell of the machine slows both of a round, and a hiccup in one round moves a median little.
+    """
+    return statistics.median(one / other for one, other in zip(times, baseline, strict=True))
+
+
+def _synchronizer() -> Callable[[], None]:
+    return torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
