@@ -19,10 +19,12 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from workbench.data.augment import Draw
 from workbench.data.config import AUGMENTATIONS, DataConfig
+from workbench.data.mix import cutmix, mix_targets, mixup
 from workbench.data.splits import Arrays, Splits
 from workbench.errors import ConfigError, DataError, WorkbenchError
 
 Batch = tuple[Any, Tensor]
+MIXES = {"mixup": mixup, "cutmix": cutmix}
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Batches:
         seed: of order and augmentation.
 
     Raises:
-        ConfigError: the batch does not divide into ranks and micro-steps, or is larger than the data set.
+        ConfigError: the batch does not divide into ranks and micro-steps, or is larger than the data set; or samples of this
+            kind cannot be mixed.
     """
 
     def __init__(self, splits: Splits, config: DataConfig, shard: Shard, target: Target, seed: int) -> None:
@@ -80,6 +83,11 @@ class Batches:
         self.steps_per_epoch = self.samples // config.batch_size
         names = splits.augment if config.augment is None else config.augment
         self._augmentations = [AUGMENTATIONS.factory(name) for name in names]
+        self._mix = MIXES.get(config.mix)
+        if self._mix is not None:
+            _check_mixable(splits, config)
+        self._classes = splits.num_classes
+        self._places = [self._place(micro) for micro in range(shard.micro)]
         self._generator = torch.Generator(device=target.device)
         self._scale, self._bias = _affine(splits, target)
         self._source: tuple[Tensor, Tensor] | None = None
@@ -97,8 +105,13 @@ class Batches:
         _end(getattr(self._loader, "_iterator", None))
         self._loader = None
 
-    def watch(self, check: Callable[[Tensor], None]) -> None:
-        """Have ``check`` look at all targets before an accelerator gets them: now if they are in memory, else as they come."""
+    def watch(self, check: Callable[[Tensor], None], classes: int) -> None:
+        """Have ``check`` look at all targets before an accelerator gets them: now if they are in memory, else as they come.
+
+        Args:
+            classes: of the model's output, which mixed targets are then probabilities of.
+        """
+        self._classes = classes
         for split in (self.splits.train, self.splits.eval):
             if isinstance(split, Arrays):
                 check(split.y)
@@ -112,6 +125,14 @@ class Batches:
         """Place of this rank's micro-batch in the global batch."""
         start = (self.shard.rank * self.shard.micro + micro) * self.micro_size
         return slice(start, start + self.micro_size)
+
+    def _place(self, micro: int) -> slice | Tensor:
+        """Positions in the global batch that a micro-step reads: its own, and then its samples' partners where these differ."""
+        part = self.part(micro)
+        if self._mix is None or self.micro_size == self.config.batch_size:
+            return part
+        own = torch.arange(part.start, part.stop)
+        return torch.cat([own, self.config.batch_size - 1 - own]).to(self.target.device)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Iterable[Batch]]:
         """The epoch's steps from ``start``; each is this rank's micro-batches, on the device.
@@ -134,7 +155,7 @@ class Batches:
         for step in range(start, self.steps_per_epoch):
             batch = order[step * self.config.batch_size : (step + 1) * self.config.batch_size]
             for micro in range(self.shard.micro):
-                index = batch[self.part(micro)]
+                index = batch[self._places[micro]]
                 yield x.index_select(0, index), y.index_select(0, index)
 
     def _from_loader(self, epoch: int, start: int) -> Iterator[Batch]:
@@ -155,14 +176,22 @@ class Batches:
         yield from _moved(iter(self._loader), self.target.device, self._check)
 
     def _finish(self, x: Any, y: Tensor, epoch: int, step: int, micro: int) -> Batch:
-        if not (isinstance(x, Tensor) and x.dtype == torch.uint8 and x.ndim == 4):
+        images = _are_images(x)
+        if not images and self._mix is None:
             return x, y
-        if self._augmentations:
-            self._generator.manual_seed(derive_seed(self.seed, epoch, step))
-            draw = Draw(self._generator, self.config.batch_size, self.part(micro))
+        self._generator.manual_seed(derive_seed(self.seed, epoch, step))
+        if images:
+            draw = Draw(self._generator, self.config.batch_size, self._places[micro])
             for augmentation in self._augmentations:
                 x = augmentation(x, draw)
-        return self._normalize(x), y
+            x = self._normalize(x)
+        if self._mix is None:
+            return x, y
+        size = self.micro_size
+        other, other_y = (part.flip(0) if len(part) == size else part[size:] for part in (x, y))
+        draw = Draw(self._generator, self.config.batch_size, self.part(micro))
+        mixed, share = self._mix(x[:size], other, draw, self.config.mix_alpha)
+        return mixed, mix_targets(y[:size], other_y, share, self._classes)
 
     def _normalize(self, x: Tensor) -> Tensor:
         """uint8 [B, C, H, W] -> floating point, mean 0 and standard deviation 1 by channel."""
@@ -184,7 +213,7 @@ class Batches:
                 rows = list(mine[start : start + size])
                 index = torch.tensor(rows + rows[:1] * (size - len(rows)), device=self.target.device)
                 x, y = (part.index_select(0, index) for part in self._held_out)
-                yield (self._normalize(x) if x.dtype == torch.uint8 and x.ndim == 4 else x), y, len(rows)
+                yield (self._normalize(x) if _are_images(x) else x), y, len(rows)
             return
         plan = [[(0, row) for row in mine[start : start + size]] for start in range(0, len(mine), size)]
         loader = DataLoader(
@@ -197,9 +226,23 @@ class Batches:
         read = iter(loader)
         try:
             for x, y in _moved(read, self.target.device, self._check):
-                yield (self._normalize(x) if isinstance(x, Tensor) and x.dtype == torch.uint8 and x.ndim == 4 else x), y, len(y)
+                yield (self._normalize(x) if _are_images(x) else x), y, len(y)
         finally:
             _end(read)
+
+
+def _are_images(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype == torch.uint8 and x.ndim == 4
+
+
+def _check_mixable(splits: Splits, config: DataConfig) -> None:
+    """Blends need numbers, boxes need images."""
+    x = splits.first_input
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or (x.dtype == torch.uint8 and x.ndim == 3)):
+        kind = str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else type(x).__name__
+        raise ConfigError(f"data.mix={config.mix!r} cannot mix samples of {kind}.", "It takes images or floating-point features.")
+    if config.mix == "cutmix" and x.ndim != 3:
+        raise ConfigError(f"data.mix='cutmix' pastes images; samples here are {list(x.shape)}.", "Take data.mix=mixup.")
 
 
 def _affine(splits: Splits, target: Target) -> tuple[Tensor, Tensor]:
@@ -221,10 +264,11 @@ class _Plan:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order, size = self.epoch, self.batches.order(self.epoch), self.batches.config.batch_size
+        places = [place.cpu() if isinstance(place, Tensor) else place for place in self.batches._places]
         for step in range(self.start, self.batches.steps_per_epoch):
             batch = order[step * size : (step + 1) * size]
-            for micro in range(self.batches.shard.micro):
-                yield [(epoch, index) for index in batch[self.batches.part(micro)].tolist()]
+            for place in places:
+                yield [(epoch, index) for index in batch[place].tolist()]
 
 
 class _Seeded(Dataset[Any]):

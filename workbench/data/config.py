@@ -12,7 +12,11 @@ from workbench.registry import ImportPath, Registry
 
 AUGMENTATIONS = Registry(
     "augmentation",
-    {name: f"workbench.data.augment:{name}" for name in ("crop", "flip", "shift", "cutout")},
+    {
+        name: f"workbench.data.augment:{name}"
+        for name in ("crop", "reflect_crop", "flip", "shift", "cutout", "random_erasing", "color_jitter")
+    }
+    | {"trivial": "workbench.data.trivial:trivial"},
 )
 """Augmentations of image batches, drawn per sample, on the device."""
 
@@ -37,6 +41,17 @@ class DataConfig(Config):
     augment: tuple[str, ...] | None = Field(
         None,
         description="Augmentations in order, e.g. crop, flip; empty for none; by default those the data set's card recommends.",
+    )
+    mix: Literal["off", "mixup", "cutmix"] = Field(
+        "off",
+        description="Train on mixed pairs of samples and targets: mixup blends the two, cutmix pastes a box of one into the other.",
+    )
+    mix_alpha: float = Field(
+        1.0,
+        gt=0,
+        le=10,
+        description="Pairs' shares are drawn from Beta(alpha, alpha): 1 for uniform, less for mostly one of the two.",
+        json_schema_extra=hint(advanced=True),
     )
     placement: Literal["auto", "device", "loader"] = Field(
         "auto",

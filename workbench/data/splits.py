@@ -61,11 +61,20 @@ class Splits:
     augment: tuple[str, ...] = field(default=())
 
     @property
-    def sample_shape(self) -> tuple[int, ...]:
+    def first_input(self) -> Any:
+        """The input of training sample 0.
+
+        Raises:
+            DataError: it cannot be read.
+        """
         try:
-            x = self.train.x[0] if isinstance(self.train, Arrays) else self.train[0][0]
+            return self.train.x[0] if isinstance(self.train, Arrays) else self.train[0][0]
         except Exception as error:
             raise DataError(f"Sample 0 cannot be read: {type(error).__name__}: {error}.", "Mend or remove it.") from error
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        x = self.first_input
         return tuple(x.shape) if isinstance(x, Tensor) else ()
 
     @property

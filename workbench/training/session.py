@@ -18,6 +18,7 @@ from torch import nn
 from workbench import events, launcher
 from workbench.artefact import save_model
 from workbench.data.batches import Batches, Shard, Target, derive_seed
+from workbench.data.mix import mix_targets
 from workbench.data.splits import Splits, load_splits
 from workbench.distributed import World, barrier, process_group
 from workbench.errors import MemoryExhausted, ModelError, RunError, WorkbenchError
@@ -165,11 +166,12 @@ def _check_model(model: nn.Module, batches: Batches, config: TrainConfig, precis
         ) from error
     finally:
         model.train()
-    check_output(
-        make_loss(config.loss), output.float().cpu() if isinstance(output, torch.Tensor) else output, y.cpu(), config.loss
-    )
+    loss, output, y = make_loss(config.loss), output.float().cpu() if isinstance(output, torch.Tensor) else output, y.cpu()
+    check_output(loss, output, y, config.loss)
     if takes_labels(config.loss, output, y):
-        batches.watch(partial(check_labels, classes=output.shape[1], config=config.loss))
+        batches.watch(partial(check_labels, classes=output.shape[1], config=config.loss), output.shape[1])
+        if config.data.mix != "off":  # a loss of labels need not take probabilities
+            check_output(loss, output, mix_targets(y, y, torch.ones(len(y)), output.shape[1]), config.loss)
 
 
 def _finish(trainer: Trainer, run: Run, recorder: Recorder, world: World) -> None:
