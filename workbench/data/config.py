@@ -44,7 +44,7 @@ class DataConfig(Config):
     )
     mix: Literal["off", "mixup", "cutmix"] = Field(
         "off",
-        description="Train on mixed pairs of samples and targets: mixup blends the two, cutmix pastes a box of one into the other.",
+        description="Train on mixed pairs of samples: mixup blends the two, cutmix pastes a box of one into the other.",
     )
     mix_alpha: float = Field(
         1.0,
@@ -64,8 +64,21 @@ class DataConfig(Config):
         description="Loader processes per rank; unused when the data lies on the device.",
         json_schema_extra=hint(advanced=True),
     )
+    holdout: float = Field(
+        0.0,
+        ge=0,
+        description="Training samples held out and evaluated in place of the test samples, which no choice then sees: "
+        "a share of them below 1, or their number; 0 to evaluate on the test samples. Stratified by class.",
+        json_schema_extra=hint(advanced=True),
+    )
+    holdout_seed: int = Field(
+        0, ge=0, lt=2**31, description="Of which samples are held out.", json_schema_extra=hint(advanced=True)
+    )
     limit: int | None = Field(
-        None, ge=1, description="Use only the first so many training samples.", json_schema_extra=hint(advanced=True)
+        None,
+        ge=1,
+        description="Use only the first so many training samples, of those not held out.",
+        json_schema_extra=hint(advanced=True),
     )
     args: Arguments = Field({}, description="Keyword arguments of the data set's loader.", json_schema_extra=hint(advanced=True))
 

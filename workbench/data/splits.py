@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from workbench.data.cards import card_names, read_card
 from workbench.data.config import DataConfig
-from workbench.errors import DataError
+from workbench.errors import ConfigError, DataError
 from workbench.registry import find_source, load_object
 from workbench.storage import load_dumped
 
@@ -120,8 +121,10 @@ def load_splits(config: DataConfig, given: Any = None, *, root: Path | None = No
                 f"A {type(part).__name__} has no length, so there is no epoch of it.",
                 "Take a data set with __len__ and __getitem__.",
             )
+    if config.holdout:
+        splits = hold_out(splits, config.holdout, config.holdout_seed)
     if config.limit is not None:
-        splits = replace(splits, train=_first(splits.train, config.limit))
+        splits = replace(splits, train=_subset(splits.train, torch.arange(min(config.limit, len(splits.train)))))  # type: ignore[arg-type]
     if len(splits.train) == 0 or len(splits.eval) == 0:  # type: ignore[arg-type]
         raise DataError(f"The data set {config.name!r} has an empty split.", "Both training and evaluation need samples.")
     return splits
@@ -146,13 +149,56 @@ def as_splits(found: Any, origin: str) -> Splits:
     )
 
 
+def hold_out(splits: Splits, amount: float, seed: int = 0) -> Splits:
+    """Splits whose evaluation samples are some of the training samples: the original ones are not looked at.
+
+    Where labels are held in memory, each class gives its part of them (to within one sample).
+
+    Args:
+        amount: a share below 1, or a number of samples.
+        seed: of which.
+
+    Raises:
+        ConfigError: it leaves no sample to train on, or holds none out.
+    """
+    train = splits.train
+    count = len(train)  # type: ignore[arg-type]
+    wanted = round(amount * count) if amount < 1 else round(amount)
+    if not 0 < wanted < count:
+        raise ConfigError(
+            f"data.holdout={amount:g} would hold out {wanted} of {count} training samples.", "Hold out some, not all."
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    labels = train.y if isinstance(train, Arrays) else getattr(train, "targets", None)  # as torchvision's data sets have
+    held = order[:wanted]
+    with suppress(TypeError, ValueError, RuntimeError):
+        labels = torch.as_tensor(labels)
+        if labels.shape == order.shape and not labels.is_floating_point():
+            held = _stratified(order, labels, wanted)
+    is_held = torch.zeros(count, dtype=torch.bool)
+    is_held[held] = True
+    return replace(splits, train=_subset(train, torch.where(~is_held)[0]), eval=_subset(train, torch.where(is_held)[0]))
+
+
+def _stratified(order: Tensor, labels: Tensor, wanted: int) -> Tensor:
+    """The first samples in ``order`` of each class, ``wanted`` in all, shared out by largest remainders."""
+    _, classes, sizes = labels[order].unique(return_inverse=True, return_counts=True)
+    quota = sizes.double() * wanted / len(order)
+    taken = quota.floor().long()
+    taken[(quota - taken).argsort(descending=True, stable=True)[: wanted - int(taken.sum())]] += 1
+    by_class = classes.argsort(stable=True)
+    place = torch.empty_like(order)  # of each sample among those of its class
+    place[by_class] = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[classes[by_class]]
+    return order[place < taken[classes]]
+
+
+def _subset(part: Arrays | Dataset[Any], rows: Tensor) -> Arrays | Dataset[Any]:
+    if isinstance(part, Arrays):
+        return Arrays(part.x[rows], part.y[rows])
+    return torch.utils.data.Subset(part, rows.tolist())
+
+
 def _in_memory(part: Any) -> Any:
     if isinstance(part, TensorDataset) and len(part.tensors) == 2:
         return Arrays(*part.tensors)
     return part
-
-
-def _first(part: Arrays | Dataset[Any], count: int) -> Arrays | Dataset[Any]:
-    if isinstance(part, Arrays):
-        return Arrays(part.x[:count], part.y[:count])
-    return torch.utils.data.Subset(part, range(min(count, len(part))))  # type: ignore[arg-type]

@@ -47,6 +47,15 @@ class TrainConfig(Config):
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="Learning rate over the run.")
     clip: ClipConfig = Field(ClipConfig(), description="Gradient clipping.")
 
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Decay per optimizer step of a running average of the weights, which is evaluated and kept in their place, "
+        "e.g. 0.999; 0 for none.",
+        json_schema_extra=hint(advanced=True),
+    )
+
     epochs: int = Field(3, ge=1, le=100_000, description="Passes over the training samples.")
     max_steps: int | None = Field(
         None,

@@ -21,7 +21,7 @@ from workbench.data.batches import Batches, Shard, Target, derive_seed
 from workbench.data.mix import mix_targets
 from workbench.data.splits import Splits, load_splits
 from workbench.distributed import World, barrier, process_group
-from workbench.errors import MemoryExhausted, ModelError, RunError, WorkbenchError
+from workbench.errors import DeviceError, MemoryExhausted, ModelError, RunError, WorkbenchError
 from workbench.losses import check_labels, check_output, make_loss, takes_labels
 from workbench.models import build_model
 from workbench.probes import PROBES, Probe, ProbeSet
@@ -176,6 +176,7 @@ def _check_model(model: nn.Module, batches: Batches, config: TrainConfig, precis
 
 def _finish(trainer: Trainer, run: Run, recorder: Recorder, world: World) -> None:
     trainer.probes.detach()
+    trainer.average.apply()
     trainer.model.eval()
     recorder.flush(durable=True)
     if world.main:
@@ -201,6 +202,11 @@ def in_words(error: BaseException, config: TrainConfig) -> BaseException:
         short = text.split(". ")[0]
         return MemoryExhausted(
             f"Out of memory with data.batch_size={config.data.batch_size}: {short}.", "Try " + ", or ".join(advice) + "."
+        )
+    if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in text:
+        return DeviceError(
+            f"deterministic=true, but {text.split()[0]} has no algorithm here that repeats bit for bit.",
+            "Replace the layer that calls it (adaptive pooling: by AvgPool2d or a mean), or set deterministic=false.",
         )
     if isinstance(error, KeyboardInterrupt):
         return RunError("Interrupted.", "resume() goes on from the last checkpoint.")

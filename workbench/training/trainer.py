@@ -26,6 +26,7 @@ from workbench.losses import make_loss
 from workbench.optim import AdaptiveGradientClipper, Schedule, make_optimizer
 from workbench.probes import ProbeSet, StepContext
 from workbench.training import checkpoint
+from workbench.training.average import WeightAverage
 from workbench.training.config import TrainConfig
 from workbench.training.control import Command, Control
 from workbench.training.meter import Meter, Window
@@ -61,6 +62,7 @@ class Trainer:
         self.forward: nn.Module = _ModelWithLoss(model, self.loss)
         self.optimizer = make_optimizer(model, config.optim)
         self.clipper = None if config.clip.mode == "off" else AdaptiveGradientClipper(config.clip.max_norm, config.clip.mode)
+        self.average = WeightAverage(model, config.ema)
         # Telling the compiler of a new step imports all of it, seconds that other runs need not spend.
         self._captured = compile_mode in ("reduce-overhead", "max-autotune")
         if compile_mode != "off":
@@ -116,6 +118,7 @@ class Trainer:
             self.precision.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.average.update(self.step)
         self.meter.add(self.step, (self.step - 1) // self.batches.steps_per_epoch + 1, rate, total)
 
     def boundary(self) -> None:
@@ -174,12 +177,23 @@ class Trainer:
 
     # -- evaluation, state ----------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Metrics on the held-out samples, over all ranks: ``val_loss``, and for class labels ``accuracy``."""
+        """Metrics on the held-out samples, over all ranks: ``val_loss``, and for class labels ``accuracy``.
+
+        Of the averaged weights, where there is an average.
+        """
         self.meter.flush()
         self._share_buffers()
         self.model.eval()
+        with self.average.swapped():
+            self.metrics = self._measure()
+        self.model.train()
+        self._emit(events.Evaluated(step=self.step, epoch=self.epoch, metrics=self.metrics))
+        self.meter.start()
+        return self.metrics
+
+    @torch.no_grad()
+    def _measure(self) -> dict[str, float]:
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         classes = False
         for x, y, count in self.batches.evaluation():
@@ -189,12 +203,8 @@ class Trainer:
             classes = output.ndim == 2 and y.ndim == 1 and not y.is_floating_point()
             right = (output.argmax(1) == y[:count]).sum() if classes else torch.zeros_like(loss)
             sums += torch.stack([loss.double() * count, right.double(), torch.full_like(loss, count, dtype=torch.float64)])
-        self.model.train()
         loss_sum, right_sum, count_sum = sum_over_ranks(sums, self.world).tolist()
-        self.metrics = {"val_loss": loss_sum / count_sum} | ({"accuracy": right_sum / count_sum} if classes else {})
-        self._emit(events.Evaluated(step=self.step, epoch=self.epoch, metrics=self.metrics))
-        self.meter.start()
-        return self.metrics
+        return {"val_loss": loss_sum / count_sum} | ({"accuracy": right_sum / count_sum} if classes else {})
 
     def save(self) -> Path:
         """Checkpoint this step; what was said of it so far is on disk first."""
@@ -220,6 +230,7 @@ class Trainer:
         self.step = self._saved = facts["step"]
         self.control.skip_to(self.step)
         self.schedule.scale, self.metrics = facts["lr_scale"], facts["metrics"]
+        self.average.load({name.removeprefix("ema."): value for name, value in extra.items()})
         if self.clipper is not None and "clipper" in extra:
             self.clipper.state = extra["clipper"].to(self.world.device)
         if "scaler" in extra:
@@ -230,7 +241,7 @@ class Trainer:
 
     def _extra(self) -> dict[str, Tensor]:
         """Tensors of the state beside model, optimizer and random generators; a template before the first step."""
-        extra: dict[str, Tensor] = {}
+        extra = {f"ema.{name}": value for name, value in self.average.state.items()}
         if self.clipper is not None and self.clipper.mode == "dynamic":
             extra["clipper"] = torch.zeros(3) if self.clipper.state is None else self.clipper.state.cpu()
         if self.precision.scaler.is_enabled():
@@ -243,7 +254,7 @@ class Trainer:
     def _share_buffers(self) -> None:
         """Rank 0's buffers to all, as the next forward pass would do: else a checkpoint mixes the ranks' batch statistics."""
         if self.world.size > 1:
-            for buffer in self.model.buffers():
+            for buffer in (*self.model.buffers(), *self.average.buffers):
                 dist.broadcast(buffer, src=0)
 
     def _set_rate(self) -> float:

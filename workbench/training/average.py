@@ -1,0 +1,65 @@
+"""An exponential moving average of the weights (Polyak & Juditsky 1992; Izmailov et al. 2018, arXiv:1803.05407)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """The running average of a model's parameters and of its floating-point buffers.
+
+    Buffers are averaged too, so that batch statistics fit the averaged weights; whole numbers stay the model's own. An update
+    is a few fused operations outside of whatever is compiled or captured, and waits for nothing.
+
+    Args:
+        model: on its device; its tensors are changed in place only.
+        decay: of the average, per optimizer step; 0 keeps none. At step t it is min(decay, (1 + t) / (10 + t)), so that the
+            random weights of the beginning are soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._live = {name: tensor.detach() for name, tensor in tensors.items() if decay and tensor.is_floating_point()}
+        self.state = {name: tensor.clone() for name, tensor in self._live.items()}
+        """The average by name of parameter or buffer."""
+        self.buffers = [self.state[name] for name, _ in model.named_buffers() if name in self.state]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after optimizer step ``step``, counted from 1."""
+        if not self.state:
+            return
+        average, live = list(self.state.values()), list(self._live.values())
+        if step == 1:  # nothing to average yet: what a quantizer's observers begin with is infinite
+            torch._foreach_copy_(average, live)
+        else:
+            torch._foreach_lerp_(average, live, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The model has the averaged weights within, its own again after; bit for bit."""
+        own = [tensor.clone() for tensor in self._live.values()]
+        self.apply()
+        try:
+            yield
+        finally:
+            _copy(self._live, own)
+
+    def apply(self) -> None:
+        """Give the model the averaged weights."""
+        _copy(self._live, list(self.state.values()))
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from another's :attr:`state`."""
+        _copy(self.state, [state[name] for name in self.state])
+
+
+@torch.no_grad()
+def _copy(target: dict[str, Tensor], source: list[Tensor]) -> None:
+    if target:
+        torch._foreach_copy_(list(target.values()), source)
