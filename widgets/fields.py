@@ -31,6 +31,7 @@ REGISTRIES: dict[str, tuple[str, ...]] = {
     "models": ("workbench.models.config:MODELS", "workbench.models.config:timm_names"),
     "datasets": ("workbench.data.cards:card_names",),
     "augmentations": ("workbench.data.config:AUGMENTATIONS",),
+    "attributions": ("workbench.attribution_config:METHODS",),
     "criteria": ("workbench.compress.pruning_config:CRITERIA",),
     "losses": ("workbench.losses:LOSSES",),
     "optimizers": ("workbench.optim_config:OPTIMIZERS",),

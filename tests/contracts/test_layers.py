@@ -25,7 +25,7 @@ artefact
 losses regularizers optim_config optim memory
 probes
 diagnosis
-attribution
+attribution_config attribution
 training
 compress
 deploy

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from workbench import TrainConfig, train
 from workbench.artefact import load_model, save_model
+from workbench.attribution import METHODS, AttributionConfig, explain
 from workbench.data.augment import Draw
 from workbench.data.cards import card_names, data_folder, read_card
 from workbench.data.config import AUGMENTATIONS, DataConfig
@@ -222,6 +223,26 @@ def test_a_model_takes_classes_and_channels_and_does_not_mix_samples(name: str) 
     assert whole.shape == (4, 7) and torch.isfinite(whole).all()
     torch.testing.assert_close(torch.cat([model(x[:1]), model(x[1:])]), whole, rtol=1e-4, atol=1e-5)
     assert build_model(ModelConfig(name=name, num_classes=7, in_channels=2, args=narrow(name))).training
+
+
+# -- attributions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_attribution_leaves_the_model_alone_and_does_not_mix_samples(method: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(name="convnet", num_classes=4, in_channels=2, args={"widths": [8, 16]}))
+    x = torch.randn(5, 2, 12, 12)
+    before = copy.deepcopy(model.state_dict())
+    whole = explain(model, x, method=method, config=AttributionConfig(batch_size=64))
+    assert whole.broadcast_to(x.shape).isfinite().all() and whole.abs().sum() > 0 and not whole.requires_grad
+    for size in (1, 2):
+        split = explain(model, x, method=method, config=AttributionConfig(batch_size=size))
+        torch.testing.assert_close(split, whole, rtol=1e-3, atol=1e-5)
+    assert model.training and not x.requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
 
 
 # -- data cards -----------------------------------------------------------------------------------------------------
