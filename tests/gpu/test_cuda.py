@@ -218,13 +218,26 @@ def test_a_batch_that_does_not_fit_becomes_advice() -> None:
             train(
                 small(
                     data={"name": "digits", "batch_size": 1024},
-                    model={"name": "mlp", "args": {"widths": [60_000, 600]}},
+                    model={"name": "mlp", "args": {"widths": [120_000, 600]}},
                     deterministic=False,
                 )
             )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
+
+
+def test_an_operation_that_cannot_repeat_is_named(tmp_path: Path) -> None:
+    from workbench.errors import DeviceError
+
+    source = tmp_path / "pooled.py"
+    source.write_text(
+        "from torch import nn\n"
+        "def pooled(num_classes=10):\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, num_classes))\n"
+    )
+    with pytest.raises(DeviceError, match=r"deterministic=true, but adaptive_avg_pool2d_backward_cuda"):
+        train(small(model={"name": f"{source}:pooled"}))
 
 
 def test_a_label_out_of_range_is_named_before_it_reaches_the_device() -> None:
@@ -251,6 +264,22 @@ def test_two_ranks_on_nccl_have_the_losses_of_one(accumulate: int, one_rank: Run
     for rank in (0, 1):
         mine = two[two["rank"] == rank].reset_index(drop=True)
         np.testing.assert_allclose(mine["norm"], one["norm"], rtol=2e-3)
+
+
+@two_devices
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_two_compiled_ranks_have_the_losses_and_readings_of_eager_ones(mode: str) -> None:
+    """The compiled (captured) graph lies within DistributedDataParallel, the probes' operators within the graph."""
+    chosen = small(model__args={"dropout": 0.0}, deterministic=False, epochs=4)
+    eager, compiled = (launch(c, nproc=2).wait(timeout=300) for c in (chosen, chosen.override({"compile": mode})))
+    difference = float(np.abs(eager.history["loss"] - compiled.history["loss"]).max())
+    print(f"2 ranks, {mode}: {difference:.1e}")
+    assert difference < 1e-3
+    for kind, column in (("gradients", "norm"), ("activations", "std")):
+        one, two = (run.readings(kind).sort_values(["step", "rank", "layer"]) for run in (eager, compiled))
+        assert one[["step", "rank", "layer"]].to_numpy().tolist() == two[["step", "rank", "layer"]].to_numpy().tolist()
+        assert set(two["rank"]) == {0, 1}
+        np.testing.assert_allclose(two[column], one[column], rtol=2e-2, atol=1e-4)
 
 
 @two_devices

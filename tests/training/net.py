@@ -21,14 +21,14 @@ class Wait(nn.Module):
 
 
 def net(num_classes: int = 10, in_channels: int = 1, width: int = 8, dropout: float = 0.2, pause: float = 0.0) -> nn.Sequential:
-    """[B, in_channels, H, W] -> logits [B, num_classes]; without batch normalization."""
+    """[B, in_channels, 8, 8] -> logits [B, num_classes]; without batch normalization."""
     return nn.Sequential(
         Wait(pause),
         nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
         nn.GroupNorm(4, width),
         nn.ReLU(inplace=True),
         nn.Dropout(dropout),
-        nn.AdaptiveAvgPool2d(2),
+        nn.AvgPool2d(4),
         nn.Flatten(),
         nn.Linear(4 * width, num_classes),
     )
@@ -40,7 +40,7 @@ def normed(num_classes: int = 10, in_channels: int = 1, width: int = 8) -> nn.Se
         nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(inplace=True),
-        nn.AdaptiveAvgPool2d(2),
+        nn.AvgPool2d(4),
         nn.Flatten(),
         nn.Linear(4 * width, num_classes),
     )
