@@ -18,7 +18,7 @@ from workbench.attribution import METHODS, AttributionConfig, explain
 from workbench.data.augment import Draw
 from workbench.data.cards import card_names, data_folder, read_card
 from workbench.data.config import AUGMENTATIONS, DataConfig
-from workbench.data.splits import Arrays, load_splits
+from workbench.data.splits import Arrays, Splits, load_splits
 from workbench.losses import LOSSES, LossConfig, make_loss
 from workbench.models import MODELS, ModelConfig, build_model
 from workbench.optim import make_optimizer
@@ -184,9 +184,32 @@ def test_every_probe_is_read_from_the_run() -> None:
 # -- models ---------------------------------------------------------------------------------------------------------
 
 
+def takes_ids(name: str) -> bool:
+    return MODELS[name].card.get("input") == "token ids"
+
+
+def inputs(name: str, count: int, channels: int = 1) -> Tensor:
+    """What a model takes: token ids [N, 6], padded, or images [N, channels, 8, 8]."""
+    if not takes_ids(name):
+        return torch.randn(count, channels, 8, 8)
+    ids = torch.randint(1, 50, (count, 6))
+    ids[:, 4:] *= torch.arange(count)[:, None] % 2
+    return ids
+
+
+def sentences() -> Splits:
+    """Token ids whose first word is the label."""
+    ids = torch.randint(1, 50, (96, 6), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = 1 + torch.arange(96) % 10
+    part = Arrays(ids, torch.arange(96) % 10)
+    return Splits(part, part)
+
+
 def narrow(name: str) -> dict[str, Any]:
     """Arguments that make a model of the workbench's own small enough for a test."""
     declared = inspect.signature(MODELS.factory(name)).parameters
+    if takes_ids(name):
+        return {"vocab_size": 50, "width": 8, "layers": 1, **({"heads": 2} if "heads" in declared else {})}
     if "width" in declared:
         return {"width": 4}
     return {"widths": [8, 8], **({"groups": 4} if "groups" in declared else {}), **({"size": 8} if "size" in declared else {})}
@@ -201,12 +224,12 @@ def test_a_model_builds_trains_and_comes_back_from_disk(name: str, tmp_path: Pat
         device="cpu",
         checkpoint={"every_epochs": 0},
     )
-    result = train(config)
+    result = train(config, data=sentences() if takes_ids(name) else None)
     assert result.metrics["val_loss"] > 0
     gradients = result.run.readings("gradients")
     named = {n for n, p in result.model.named_parameters() if p.requires_grad}
     assert set(gradients["layer"]) == named and (gradients["norm"] > 0).any()
-    x = torch.randn(3, 1, 8, 8)
+    x = inputs(name, 3)
     expected = result.model(x)
     assert expected.shape == (3, 10)
     assert torch.equal(result.run.load_model()(x), expected)
@@ -217,12 +240,13 @@ def test_a_model_builds_trains_and_comes_back_from_disk(name: str, tmp_path: Pat
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_takes_classes_and_channels_and_does_not_mix_samples(name: str) -> None:
     torch.manual_seed(0)
-    model = build_model(ModelConfig(name=name, num_classes=7, in_channels=2, args=narrow(name))).eval()
-    x = torch.randn(4, 2, 8, 8)
+    config = ModelConfig(name=name, num_classes=7, in_channels=None if takes_ids(name) else 2, args=narrow(name))
+    model = build_model(config).eval()
+    x = inputs(name, 4, channels=2)
     whole = model(x)
     assert whole.shape == (4, 7) and torch.isfinite(whole).all()
     torch.testing.assert_close(torch.cat([model(x[:1]), model(x[1:])]), whole, rtol=1e-4, atol=1e-5)
-    assert build_model(ModelConfig(name=name, num_classes=7, in_channels=2, args=narrow(name))).training
+    assert build_model(config).training
 
 
 # -- attributions ---------------------------------------------------------------------------------------------------

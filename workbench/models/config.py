@@ -24,6 +24,9 @@ MODELS = Registry(
 )
 """Models of the workbench itself; every name of timm is accepted beside them."""
 
+for _name in ("bert_base", "bert_small", "lstm"):
+    MODELS.register(_name, f"workbench.models.text:{_name}", input="token ids")
+
 
 def timm_names() -> frozenset[str]:
     """Names of timm's models from a list shipped with the package, so that checking one does not import timm."""
