@@ -174,13 +174,13 @@ def hold_out(splits: Splits, amount: float, seed: int = 0) -> Splits:
     with suppress(TypeError, ValueError, RuntimeError):
         labels = torch.as_tensor(labels)
         if labels.shape == order.shape and not labels.is_floating_point():
-            held = _stratified(order, labels, wanted)
+            held = stratified(order, labels, wanted)
     is_held = torch.zeros(count, dtype=torch.bool)
     is_held[held] = True
     return replace(splits, train=_subset(train, torch.where(~is_held)[0]), eval=_subset(train, torch.where(is_held)[0]))
 
 
-def _stratified(order: Tensor, labels: Tensor, wanted: int) -> Tensor:
+def stratified(order: Tensor, labels: Tensor, wanted: int) -> Tensor:
     """The first samples in ``order`` of each class, ``wanted`` in all, shared out by largest remainders."""
     _, classes, sizes = labels[order].unique(return_inverse=True, return_counts=True)
     quota = sizes.double() * wanted / len(order)

@@ -19,7 +19,7 @@ from workbench import events, launcher
 from workbench.artefact import save_model
 from workbench.data.batches import Batches, Shard, Target, derive_seed
 from workbench.data.mix import mix_targets
-from workbench.data.splits import Splits, load_splits
+from workbench.data.splits import Arrays, Splits, load_splits
 from workbench.distributed import World, barrier, process_group
 from workbench.errors import DeviceError, MemoryExhausted, ModelError, RunError, WorkbenchError
 from workbench.losses import check_labels, check_output, make_loss, takes_labels
@@ -142,14 +142,18 @@ def fit_to_data(config: TrainConfig, splits: Splits) -> Any:
     values = config.model.model_dump()
     if values["num_classes"] is None:
         values["num_classes"] = splits.num_classes
-    if values["in_channels"] is None and len(splits.sample_shape) == 3:
-        values["in_channels"] = splits.sample_shape[0]
+    shape = splits.sample_shape
+    if values["in_channels"] is None and len(shape) == 3:
+        values["in_channels"] = shape[0]
+    if values["in_channels"] is None and len(shape) == 2 and splits.first_input.is_floating_point():
+        values["in_channels"] = shape[1]  # a series [L, F]
     return type(config.model)(**values)
 
 
 @torch.no_grad()
 def _check_model(model: nn.Module, batches: Batches, config: TrainConfig, precision: Precision) -> None:
     """One small batch through model and loss before anything is compiled or trained."""
+    _check_ids(model, batches.splits)
     x, y, count = next(batches.evaluation())
     x, y = (part[: min(2, count)] if isinstance(part, torch.Tensor) else part for part in (x, y))
     model.eval()
@@ -172,6 +176,19 @@ def _check_model(model: nn.Module, batches: Batches, config: TrainConfig, precis
         batches.watch(partial(check_labels, classes=output.shape[1], config=config.loss), output.shape[1])
         if config.data.mix != "off":  # a loss of labels need not take probabilities
             check_output(loss, output, mix_targets(y, y, torch.ones(len(y)), output.shape[1]), config.loss)
+
+
+def _check_ids(model: nn.Module, splits: Splits) -> None:
+    """Token ids against the model's embedding: on an accelerator, one out of range ends the process without a word."""
+    embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+    for part in (splits.train, splits.eval):
+        if embedding is None or not isinstance(part, Arrays) or part.x.dtype != torch.int64:
+            return
+        if (largest := int(part.x.max())) >= embedding.num_embeddings:
+            raise ModelError(
+                f"The data has the token id {largest}, but the model's embedding holds {embedding.num_embeddings}.",
+                f"Set model.args.vocab_size={largest + 1}.",
+            )
 
 
 def _finish(trainer: Trainer, run: Run, recorder: Recorder, world: World) -> None:
