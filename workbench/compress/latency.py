@@ -2,6 +2,7 @@
 
 * :func:`latency_of` — milliseconds of each call, round by round.
 * :func:`ratio_of` — how much faster or slower one is than another, by the median over rounds.
+* :func:`timed_call` — a model as one of these calls: eager, compiled, or captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
+from workbench.compress.compilation import compiled, has_compiler
 from workbench.errors import ConfigError
 
 _WARM_UP = 3
@@ -71,6 +74,54 @@ def ratio_of(times: Sequence[float], baseline: Sequence[float]) -> float:
     A slow spell of the machine slows both of a round, and a hiccup in one round moves a median little.
     """
     return statistics.median(one / other for one, other in zip(times, baseline, strict=True))
+
+
+Form = Literal["auto", "eager", "compiled"]
+
+
+def timed_call(
+    model: nn.Module, x: torch.Tensor, form: Form = "auto", dtype: torch.dtype = torch.float32
+) -> tuple[Callable[[], Any], str]:
+    """A call of ``model`` on ``x`` to time, and what it is: ``"eager"``, ``"compiled"`` or ``"captured"``.
+
+    Args:
+        model: on the device of ``x``, in evaluation mode.
+        form: auto compiles on a CPU with a compiler, and captures the eager calls as a graph on CUDA.
+        dtype: ``torch.bfloat16`` runs under autocast.
+    """
+    if x.is_cuda:
+        return _on_cuda(model, x, form, dtype)
+    if form == "compiled" or (form == "auto" and has_compiler()):
+        fast = compiled(model, dtype)
+        return lambda: fast(x), "compiled"
+
+    def eager() -> Any:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return model(x)
+
+    return eager, "eager"
+
+
+def _on_cuda(model: nn.Module, x: torch.Tensor, form: Form, dtype: torch.dtype) -> tuple[Callable[[], Any], str]:
+    module = torch.compile(model, mode="reduce-overhead", dynamic=False) if form == "compiled" else model
+
+    def call() -> Any:
+        # The cache of cast weights would be freed between captured calls.
+        with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype != torch.float32, cache_enabled=form != "auto"):
+            return module(x)
+
+    if form != "auto":
+        return call, form
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UP):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay, "captured"
 
 
 def _synchronizer() -> Callable[[], None]:
