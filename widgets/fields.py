@@ -33,6 +33,7 @@ REGISTRIES: dict[str, tuple[str, ...]] = {
     "augmentations": ("workbench.data.config:AUGMENTATIONS",),
     "attributions": ("workbench.attribution_config:METHODS",),
     "criteria": ("workbench.compress.pruning_config:CRITERIA",),
+    "observers": ("workbench.compress.quantization_config:OBSERVERS",),
     "losses": ("workbench.losses:LOSSES",),
     "optimizers": ("workbench.optim_config:OPTIMIZERS",),
 }

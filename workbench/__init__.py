@@ -20,6 +20,8 @@ _EXPORTS = {
     "QuantConfig": "workbench.compress.quantization_config",
     "prune": "workbench.compress",
     "quantize": "workbench.compress",
+    "Quantizer": "workbench.compress",
+    "QuantAwareTraining": "workbench.compress",
     "compare": "workbench.comparison",
     "load_model": "workbench.artefact",
     "save_model": "workbench.artefact",
@@ -31,7 +33,7 @@ __all__ = [*_EXPORTS, "__version__"]
 if TYPE_CHECKING:
     from workbench.artefact import load_model, save_model
     from workbench.comparison import compare
-    from workbench.compress import prune, quantize
+    from workbench.compress import QuantAwareTraining, Quantizer, prune, quantize
     from workbench.compress.pruning_config import PruneConfig
     from workbench.compress.quantization_config import QuantConfig
     from workbench.errors import WorkbenchError

@@ -32,7 +32,11 @@ _KEYS = {"format", "model", "transforms", "tied", "channels_last", "sha256"}
 
 TRANSFORMS = Registry(
     "transform",
-    {"prune": "workbench.compress.surgery:replay", "quantize": "workbench.compress.quantization:replay"},
+    {
+        "prune": "workbench.compress.surgery:replay",
+        "qat": "workbench.compress.qat:replay",
+        "quantize": "workbench.compress.quantization:replay",
+    },
 )
 """Who replays a change on a freshly built model: a function from (model, record) to the changed model."""
 

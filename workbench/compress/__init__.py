@@ -12,10 +12,21 @@ if TYPE_CHECKING:
     from workbench.compress.compilation import compiled
     from workbench.compress.pruning import ChannelPruner, prune
     from workbench.compress.pruning_config import CRITERIA, PruneConfig
+    from workbench.compress.qat import QuantAwareTraining
     from workbench.compress.quantization import Quantizer, quantize
     from workbench.compress.quantization_config import QuantConfig
 
-__all__ = ["CRITERIA", "ChannelPruner", "PruneConfig", "QuantConfig", "Quantizer", "compiled", "prune", "quantize"]
+__all__ = [
+    "CRITERIA",
+    "ChannelPruner",
+    "PruneConfig",
+    "QuantAwareTraining",
+    "QuantConfig",
+    "Quantizer",
+    "compiled",
+    "prune",
+    "quantize",
+]
 
 _HOMES = {
     "CRITERIA": "pruning_config",
@@ -23,6 +34,7 @@ _HOMES = {
     "QuantConfig": "quantization_config",
     "ChannelPruner": "pruning",
     "prune": "pruning",
+    "QuantAwareTraining": "qat",
     "Quantizer": "quantization",
     "compiled": "compilation",
     "quantize": "quantization",
