@@ -1,7 +1,8 @@
-"""Variants of a model side by side: what each one costs, and what it is worth.
+"""Variants of a model side by side: what each one costs, what it is worth, and whether it comes back from disk.
 
 * :func:`compare` — measures every variant on the same data, in the form in which it would be deployed.
-* :class:`Comparison` — the result: a table, warnings in words, a figure, a page.
+* :class:`Comparison` — the result: a table, flags in words, a figure, a page, CSV.
+* :func:`wilson`, :func:`paired_difference` — the intervals.
 
 Accuracy, agreement and divergence come from the very form that is timed. Latencies of all variants are taken in turns, so that
 a busy moment of the machine falls on all alike. Names are imported when first used.
@@ -14,12 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from workbench.comparison.config import CompareConfig
-    from workbench.comparison.measure import compare, wilson
+    from workbench.comparison.intervals import paired_difference, wilson
+    from workbench.comparison.measure import compare
     from workbench.comparison.result import Comparison, Measurement
 
-__all__ = ["CompareConfig", "Comparison", "Measurement", "compare", "wilson"]
+__all__ = ["CompareConfig", "Comparison", "Measurement", "compare", "paired_difference", "wilson"]
 
-_HOMES = {"CompareConfig": "config", "Comparison": "result", "Measurement": "result", "compare": "measure", "wilson": "measure"}
+_HOMES = {
+    "CompareConfig": "config",
+    "Comparison": "result",
+    "Measurement": "result",
+    "compare": "measure",
+    "paired_difference": "intervals",
+    "wilson": "intervals",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,96 +1,112 @@
-"""Measuring variants: one pass over the data for accuracy, calls in turns for latency."""
+"""Measuring variants: one pass over the data for accuracy, calls in turns for latency, a fresh process for reloading."""
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
 import platform
-import time
-from collections.abc import Iterable, Iterator, Mapping
+import random
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from workbench.comparison.advice import warnings_of
+from workbench.comparison.advice import flags_of
 from workbench.comparison.config import CompareConfig
-from workbench.comparison.forms import Form, Latencies, Score, Variant, forms_of, load
-from workbench.comparison.result import Comparison, Measurement
+from workbench.comparison.forms import Form, Score, count_all_macs, device_for, forms_of, load
+from workbench.comparison.memory import peak_bytes
+from workbench.comparison.moved import moved_attributions
+from workbench.comparison.reload import Reload
+from workbench.comparison.result import Comparison, Moved
+from workbench.comparison.rows import class_changes, measurements
+from workbench.compress.latency import latency_of
+from workbench.data.cards import card_names, read_card
 from workbench.errors import ConfigError, DataError, ModelError
 from workbench.run import Run
 
 
 def compare(
-    variants: Mapping[str, nn.Module | Run | str | os.PathLike[str]], data: Any, config: CompareConfig | None = None
+    variants: Mapping[str, nn.Module | Run | str | os.PathLike[str]],
+    data: Any,
+    config: CompareConfig | None = None,
+    *,
+    class_names: Sequence[str] = (),
 ) -> Comparison:
-    """Measure variants of a classifier on the same data, on this machine's CPU.
+    """Measure variants of a classifier on the same data, on this machine.
 
     Args:
         variants: name → a model, a run, or the folder of either; the first is what the others are compared with. None is changed.
-        data: batches (x, y) of inputs (N, ...) and class indices (N,). The first batch's size is the larger one timed.
+        data: batches (x, y) of inputs (N, ...), floating-point or token ids, and class indices (N,).
+        config: what to measure, and how long.
+        class_names: in the order of the indices; by default those of the first run's data set.
 
     Returns:
-        One row a variant and form: float variants eager and compiled, and in bfloat16; quantized ones compiled.
+        One row a variant and form: float variants eager and compiled, and in bfloat16; quantized ones compiled. With it, the
+        classes that lost, the attributions that moved, and what got worse, in words.
 
     Raises:
         DataError: no data, or batches that aren't (x, y).
         ModelError: a variant whose outputs aren't logits (N, classes).
+        DeviceError: a device that isn't there.
 
-    Intervals: Wilson, 95 %. "Worse" in the warnings: McNemar's exact test on the same samples, p < 0.05.
+    Intervals, 95 %: Wilson's of an accuracy, Tango's of the change on the same samples. "Worse" in the warnings: McNemar's exact
+    test, p < 0.05; of classes, with Holm's correction.
     """
     config = config or CompareConfig()
     if not variants:
         raise ConfigError("There is nothing to compare.", 'Pass at least one variant: {"baseline": model}.')
-    loaded = {str(name): load(variant) for name, variant in variants.items()}
     batches = _batches(data)
     first = next(batches, None)
     if first is None:
         raise DataError("There is no data to compare on.", "Pass batches (x, y) of inputs and class indices.")
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(config.threads or threads)
-        forms = list(forms_of(loaded, config))
-        scores = _scores(forms, first, batches)
-        latencies = _latencies(forms, first[0], config)
-        conditions: dict[str, Any] = {
-            "cpu": _cpu(),
-            "threads": torch.get_num_threads(),
-            "batch": len(first[0]),
-            "samples": scores[0].samples,
-            "rounds": len(latencies[0][1]),
-            "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
-            "torch": torch.__version__,
-        }
-    finally:
-        torch.set_num_threads(threads)
-    measurements = _measurements(loaded, forms, scores, latencies)
-    warnings = list(warnings_of(loaded, forms, scores, latencies, measurements))
-    if conditions["load"] > 1.5 * (os.cpu_count() or 1):
-        warnings.append(
-            f"Others kept this machine busy (load {conditions['load']:.1f} on {os.cpu_count()} cores): "
-            "ratios hold better than milliseconds; measure again when it is quiet."
-        )
-    return Comparison(measurements, warnings, conditions)
+    names = list(class_names or getattr(data, "classes", ()) or _known_classes(variants.values()))
+    with _threads(config.threads), tempfile.TemporaryDirectory() as folder:
+        loaded = {str(name): load(v, Path(folder, f"variant-{i}")) for i, (name, v) in enumerate(variants.items())}
+        device = device_for(loaded, config)
+        inputs = {size: _of_size(first[0], size).to(device) for size in config.batch_sizes}
+        widest = inputs[config.batch_sizes[-1]]
+        forms = list(forms_of(loaded, config, device))
+        checked = loaded if config.reload else {}
+        with closing(Reload(checked, first[0], Path(folder, "reload"))) as reload:
+            memory = [peak_bytes(form, widest) if config.memory else None for form in forms]
+            seen = _scored(forms, _rebatched(first, batches, len(widest)), len(widest), config.attributions, device)
+            reloaded = dict.fromkeys(loaded, "not checked") | reload.result()
+        count_all_macs(loaded, first[0])
+        latencies = _latencies(forms, inputs, config)
+        moved: list[Moved] = []
+        notes: list[str] = []
+        if config.attributions:
+            x, y = (torch.stack(part) for part in zip(*seen.drawn.values(), strict=True))
+            moved, notes = moved_attributions(loaded, forms, x.to(device), y, list(seen.drawn), config)
+        conditions = _conditions(device, config, len(seen.labels), len(latencies[0][0]))
+    rows = measurements(loaded, forms, seen.scores, latencies, memory, reloaded, moved, config.batch_sizes)
+    flags = flags_of(loaded, forms, seen.scores, latencies, rows)
+    rows = [row.with_flags(flags) for row in rows]
+    notes += _busy(conditions)
+    return Comparison(
+        measurements=rows,
+        flags=flags,
+        notes=notes,
+        classes=class_changes(loaded, forms, seen.scores, seen.labels, names),
+        moved=moved,
+        class_names=names,
+        conditions=conditions,
+    )
 
 
-def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, by default 95 % (Wilson 1927)."""
-    center = (successes + z * z / 2) / (trials + z * z)
-    half = z / (trials + z * z) * math.sqrt(successes * (trials - successes) / trials + z * z / 4)
-    return max(0.0, center - half), min(1.0, center + half)
+# Data -------------------------------------------------------------------------------------------------------------------
 
 
-# Scores -----------------------------------------------------------------------------------------------------------------
-
-
-def _batches(data: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    if not isinstance(data, Iterable) or isinstance(data, torch.Tensor):
+def _batches(data: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    if not isinstance(data, Iterable) or isinstance(data, Tensor):
         raise DataError(f"The data is a {type(data).__name__}.", "Pass batches (x, y) of inputs and class indices.")
     for batch in data:
-        if not (
-            isinstance(batch, tuple | list) and len(batch) >= 2 and all(isinstance(part, torch.Tensor) for part in batch[:2])
-        ):
+        if not (isinstance(batch, tuple | list) and len(batch) >= 2 and all(isinstance(part, Tensor) for part in batch[:2])):
             raise DataError(f"A batch is a {type(batch).__name__}, not (x, y).", "Pass batches of input and class-index tensors.")
         x, y = batch[0].detach().cpu(), batch[1].detach().cpu()
         if y.is_floating_point() or y.shape != x.shape[:1]:
@@ -99,64 +115,133 @@ def _batches(data: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             yield x, y
 
 
-def _scores(
-    forms: list[Form], first: tuple[torch.Tensor, torch.Tensor], rest: Iterable[tuple[torch.Tensor, torch.Tensor]]
-) -> list[Score]:
-    """One pass over the data; every batch is cut or filled to the first one's size, since each size is compiled anew."""
-    size = len(first[0])
-    scores = [Score() for _ in forms]
-    for whole_x, whole_y in itertools.chain([first], rest):
-        for x, y in zip(torch.split(whole_x, size), torch.split(whole_y, size), strict=True):
-            filled = torch.cat([x, x[:1].expand(size - len(x), *x.shape[1:])]) if len(x) < size else x
-            reference: torch.Tensor | None = None
-            for form, score in zip(forms, scores, strict=True):
-                output = form.call(filled)
-                if not isinstance(output, torch.Tensor) or output.dim() != 2 or len(output) != size:
-                    found = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-                    raise ModelError(
-                        f"The variant {form.variant!r} gives {found} for {size} samples.",
-                        "Compare classifiers: logits (N, classes).",
-                    )
-                logits = output[: len(x)].double().log_softmax(1)
-                reference = logits if reference is None else reference
-                if logits.shape != reference.shape:
-                    raise ModelError(f"{form.variant!r} has {logits.shape[1]} classes, the first variant {reference.shape[1]}.")
-                top = logits.argmax(1)
-                score.samples += len(x)
-                score.agreeing += int((top == reference.argmax(1)).sum())
-                score.kl += float((reference.exp() * (reference - logits)).sum())
-                score.right += (top == y).tolist()
-    return scores
+def _rebatched(first: tuple[Tensor, Tensor], rest: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same samples in batches of ``size``, fewer at the end or where the shape changes."""
+    x, y = first
+    for more_x, more_y in rest:
+        while len(x) >= size:
+            yield x[:size], y[:size]
+            x, y = x[size:], y[size:]
+        if x.shape[1:] != more_x.shape[1:]:
+            yield from [(x, y)] if len(x) else []
+            x, y = more_x, more_y
+        else:
+            x, y = torch.cat([x, more_x]), torch.cat([y, more_y])
+    yield from zip(x.split(size), y.split(size), strict=True)
+
+
+def _of_size(x: Tensor, size: int) -> Tensor:
+    """``size`` samples: the first ones, again and again where there are fewer."""
+    return torch.cat([x] * -(-size // len(x)))[:size]
+
+
+def _known_classes(variants: Iterable[Any]) -> Sequence[str]:
+    for variant in variants:
+        if isinstance(variant, Run) and (name := variant.config.data.name) in card_names():
+            return read_card(name).classes
+    return ()
+
+
+# Scores -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Seen:
+    """What one pass over the data leaves: a score a form, the labels, and some samples drawn at random, by position."""
+
+    scores: list[Score]
+    labels: list[int] = field(default_factory=list)
+    drawn: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def _scored(forms: list[Form], batches: Iterable[tuple[Tensor, Tensor]], size: int, draws: int, device: torch.device) -> _Seen:
+    """One pass over the data; every batch is filled to ``size``, since each size is compiled anew."""
+    seen, chance = _Seen([Score() for _ in forms]), random.Random(0)
+    for x, y in batches:
+        _draw(seen, x, y, draws, chance)
+        filled = _of_size(x, size).to(device)
+        reference: Tensor | None = None
+        for form, score in zip(forms, seen.scores, strict=True):
+            logits = _checked(form, form.call(filled), size)[: len(x)].double().log_softmax(1).cpu()
+            reference = logits if reference is None else reference
+            if logits.shape != reference.shape:
+                raise ModelError(f"{form.variant!r} has {logits.shape[1]} classes, the first variant {reference.shape[1]}.")
+            top = logits.argmax(1)
+            score.samples += len(x)
+            score.agreeing += int((top == reference.argmax(1)).sum())
+            score.kl += float((reference.exp() * (reference - logits)).sum())
+            score.right += (top == y).tolist()
+        seen.labels += y.tolist()
+    return seen
+
+
+def _checked(form: Form, output: Any, size: int) -> Tensor:
+    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != size:
+        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ModelError(
+            f"The variant {form.variant!r} gives {found} for {size} samples.", "Compare classifiers: logits (N, classes)."
+        )
+    return output
+
+
+def _draw(seen: _Seen, x: Tensor, y: Tensor, draws: int, chance: random.Random) -> None:
+    """Keep ``draws`` samples so that in the end each was as likely to be kept (Vitter 1985, algorithm R)."""
+    for index in range(len(x) if draws else 0):
+        position = len(seen.labels) + index
+        if len(seen.drawn) < draws:
+            seen.drawn[position] = x[index], y[index]
+        elif (place := chance.randrange(position + 1)) < draws:
+            gone = list(seen.drawn)[place]
+            if seen.drawn[gone][0].shape == x[index].shape:
+                del seen.drawn[gone]
+                seen.drawn[position] = x[index], y[index]
 
 
 # Time -------------------------------------------------------------------------------------------------------------------
 
 
-def _latencies(forms: list[Form], x: torch.Tensor, config: CompareConfig) -> list[Latencies]:
-    """Milliseconds of each form's calls at batch 1 and at the whole batch, the forms taking turns."""
-    inputs = (x[:1].clone(), x)
-    for form in forms:
-        for sample in inputs:
-            for _ in range(3):  # compile, then settle
-                form.call(sample)
-    taken: list[Latencies] = [([], []) for _ in forms]
-    end = time.perf_counter() + config.seconds
-    for done in range(config.rounds):
-        if done >= 3 and time.perf_counter() > end:
-            break
-        for form, times in zip(forms, taken, strict=True):
-            for sample, out in zip(inputs, times, strict=True):
-                start = time.perf_counter_ns()
-                form.call(sample)
-                out.append((time.perf_counter_ns() - start) / 1e6)
-    return taken
+def _latencies(forms: list[Form], inputs: Mapping[int, Tensor], config: CompareConfig) -> list[list[list[float]]]:
+    """Milliseconds by form, batch size and round, everything taking turns."""
+    calls: dict[str, Callable[[], Any]] = {
+        f"{index}/{size}": partial(form.call, x) for index, form in enumerate(forms) for size, x in inputs.items()
+    }
+    taken = latency_of(calls, config.rounds, config.seconds)
+    return [[taken[f"{index}/{size}"] for size in inputs] for index in range(len(forms))]
 
 
-def _percentile(values: list[float], percent: float) -> float:
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    low = int(position)
-    return ordered[low] + (ordered[min(low + 1, len(ordered) - 1)] - ordered[low]) * (position - low)
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count or before)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# Conditions -------------------------------------------------------------------------------------------------------------
+
+
+def _conditions(device: torch.device, config: CompareConfig, samples: int, rounds: int) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "threads": torch.get_num_threads(),
+        "batch_sizes": list(config.batch_sizes),
+        "samples": samples,
+        "rounds": rounds,
+        "attribution_method": config.attribution_method,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
+        "torch": torch.__version__,
+    }
+
+
+def _busy(conditions: Mapping[str, Any]) -> list[str]:
+    if conditions["load"] <= 1.5 * (os.cpu_count() or 1):
+        return []
+    return [
+        f"Others kept this machine busy (load {conditions['load']:.1f} on {os.cpu_count()} cores): "
+        "ratios hold better than milliseconds; measure again when it is quiet."
+    ]
 
 
 def _cpu() -> str:
@@ -165,39 +250,3 @@ def _cpu() -> str:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-# Results ---------------------------------------------------------------------------------------------------------------
-
-
-def _measurements(
-    loaded: dict[str, Variant], forms: list[Form], scores: list[Score], latencies: list[Latencies]
-) -> list[Measurement]:
-    baseline = next(iter(loaded.values()))
-    medians = [(_percentile(one, 50), _percentile(many, 50)) for one, many in latencies]
-    like = {form.like: median for form, median in zip(reversed(forms), reversed(medians), strict=True)}  # the first of its like
-    found = []
-    for form, score, (one, many), median in zip(forms, scores, latencies, medians, strict=True):
-        variant, right = loaded[form.variant], sum(score.right)
-        low, high = wilson(right, score.samples)
-        found.append(
-            Measurement(
-                variant=form.variant,
-                form=form.name,
-                accuracy=right / score.samples,
-                accuracy_low=low,
-                accuracy_high=high,
-                parameters=variant.parameters,
-                file_bytes=variant.file_bytes,
-                latency_p50_ms=median[0],
-                latency_p95_ms=_percentile(one, 95),
-                batch_p50_ms=median[1],
-                batch_p95_ms=_percentile(many, 95),
-                agreement=score.agreeing / score.samples,
-                kl=max(0.0, score.kl / score.samples),
-                size_ratio=baseline.file_bytes / variant.file_bytes,
-                speed_ratio=like[form.like][0] / median[0],
-                batch_speed_ratio=like[form.like][1] / median[1],
-            )
-        )
-    return found

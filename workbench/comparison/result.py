@@ -1,13 +1,16 @@
-"""What a comparison found, and how it looks: as text, in a notebook, as a figure, as a page that needs nothing else.
+"""What a comparison found: one row a variant and form, what is wrong with which, and what changed beneath the totals.
 
-Names come from outside and are escaped everywhere.
+* :class:`Measurement` — a row; :class:`Flag` — a figure of it that got worse, and why.
+* :class:`ClassChange`, :class:`Moved` — a class's accuracy, and a sample's attribution, before and after.
+* :class:`Comparison` — all of them: as a frame, CSV, JSON, a figure, a page, text.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import asdict, dataclass, field
-from html import escape
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,34 +20,15 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-_HEADINGS = (
-    "variant",
-    "form",
-    "accuracy",
-    "95 % interval",
-    "parameters",
-    "file",
-    "ms at 1",
-    "p95",
-    "ms at {batch}",
-    "p95",
-    "agrees",
-    "KL",
-    "size",
-    "speed",
-)
-_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")
-_SYMBOLS = {"eager fp32": "circle-open", "compiled fp32": "circle", "compiled bf16": "diamond", "compiled int8": "square"}
-_STYLE = """
-.wb-comparison{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff}
-.wb-comparison table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-.wb-comparison th{font-weight:500;color:#666;border-bottom:1px solid #ccc}
-.wb-comparison th,.wb-comparison td{padding:.25em .8em;text-align:right;white-space:nowrap}
-.wb-comparison th:nth-child(-n+2),.wb-comparison td:nth-child(-n+2){text-align:left}
-.wb-comparison tr:hover td{background:#f5f5f5}
-.wb-comparison .warn{border-left:3px solid #cc8800;padding:.1em .8em;margin:.6em 0;max-width:60em}
-.wb-comparison .note{color:#666;max-width:60em}
-"""
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds a call at one batch size; the ratio is to the first variant in the like form: above 1 is faster."""
+
+    batch: int
+    p50_ms: float
+    p95_ms: float
+    speed_ratio: float
 
 
 @dataclass(frozen=True)
@@ -53,162 +37,206 @@ class Measurement:
 
     variant: str
     form: str
+    origin: str | None
+    """What it is paired with, as ``"variant, form"``; None for the first row."""
     accuracy: float
     accuracy_low: float
     accuracy_high: float
+    change: float | None
+    """Of the accuracy against the origin, on the same samples, with its 95 % interval."""
+    change_low: float | None
+    change_high: float | None
+    lost: int
+    """Samples that the origin has right and this has wrong."""
+    won: int
     parameters: int
+    macs: int | None
+    """Multiply-accumulates of one sample."""
     file_bytes: int
-    latency_p50_ms: float
-    latency_p95_ms: float
-    batch_p50_ms: float
-    batch_p95_ms: float
+    memory_bytes: int | None
+    """Peak of a call at the largest batch size: weights, the compiler's copies of them, and activations."""
+    latencies: tuple[Latency, ...]
+    """By batch size, rising."""
     agreement: float
+    """Share of the samples with the first row's answer."""
     kl: float
+    """Mean divergence of the first row's probabilities from these, in nats."""
     size_ratio: float
-    speed_ratio: float
-    batch_speed_ratio: float
+    reload: str
+    """"bit-equal", or what went wrong when it was loaded in a fresh process."""
+    attribution_cosine: float | None = None
+    """Mean cosine of its attributions with the first variant's."""
+    attribution_rank: float | None = None
+    frontier: bool = False
+    """Whether no other row is at least as accurate, as fast at the smallest batch and as small, and better in one."""
+    flags: tuple[str, ...] = ()
+    """Figures that got worse: the ``what`` of its flags."""
+
+    @property
+    def latency_p50_ms(self) -> float:
+        """Median at the smallest batch size."""
+        return self.latencies[0].p50_ms
+
+    def with_flags(self, flags: Iterable[Flag]) -> Measurement:
+        """This row, marked with those of ``flags`` that are its own."""
+        return replace(self, flags=tuple(f.what for f in flags if (f.variant, f.form) == (self.variant, self.form)))
+
+    def flat(self) -> dict[str, Any]:
+        """All of it by name: the smallest batch's latency as ``latency_p50_ms``, another's as ``batch32_p50_ms``."""
+        values = asdict(self)
+        for index, latency in enumerate(values.pop("latencies")):
+            batch = f"batch{latency.pop('batch')}_" if index else ""
+            found = {
+                f"{batch or 'latency_'}p50_ms": latency["p50_ms"],
+                f"{batch or 'latency_'}p95_ms": latency["p95_ms"],
+                f"{batch}speed_ratio": latency["speed_ratio"],
+            }
+            values |= found
+        return values | {"flags": " ".join(self.flags)}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A figure in which a variant is worse than what it came from, in words."""
+
+    variant: str
+    form: str
+    what: str
+    """``accuracy``, ``file``, ``memory``, ``latency``, ``batch32`` …, ``reload``, ``frontier`` or ``bf16``."""
+    message: str
+
+
+@dataclass(frozen=True)
+class ClassChange:
+    """Accuracy on one class, of a variant and of what it came from."""
+
+    variant: str
+    origin: str
+    label: int
+    name: str
+    samples: int
+    before: float
+    after: float
+    lost: int
+    won: int
+    change_low: float
+    change_high: float
+    sure: bool
+    """Whether it is more than chance among so many classes (McNemar's exact test, Holm's correction, 5 %)."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What speaks for the baseline's answer on one sample, before and after: maps of credits, rows of numbers."""
+
+    variant: str
+    sample: int
+    """Position in the data."""
+    label: int
+    answer: int
+    """Of the first variant, whose output is explained."""
+    new_answer: int
+    cosine: float
+    rank: float
+    before: list[list[float]]
+    after: list[list[float]]
+    picture: str = ""
+    """The input as a data URI; empty where it is no image, or moved less than others."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` found: ``frame()``, ``warnings``, ``figure()``, ``to_html(path)``; shows itself in a notebook."""
+    """What :func:`compare` found; shows itself in a notebook.
+
+    ``frame()``, ``to_csv(path)``, ``to_html(path)``, ``figure()``, ``warnings``; ``classes`` and ``moved`` tell what lies
+    beneath.
+    """
 
     measurements: list[Measurement]
-    warnings: list[str]
+    flags: list[Flag] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """On the measurement itself: a busy machine, what was left out."""
+    classes: list[ClassChange] = field(default_factory=list)
+    """By variant; the class that lost most first."""
+    moved: list[Moved] = field(default_factory=list)
+    """By variant; the sample that moved most first."""
+    class_names: list[str] = field(default_factory=list)
     conditions: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def warnings(self) -> list[str]:
+        """Everything to beware of, as sentences."""
+        return [flag.message for flag in self.flags] + self.notes
+
     def frame(self) -> pd.DataFrame:
-        """One row a variant and form; latencies in milliseconds, sizes in bytes, divergence in nats."""
+        """One row a variant and form; latencies in milliseconds, sizes in bytes, divergence in nats, shares from 0 to 1."""
         import pandas as pd
 
-        return pd.DataFrame([asdict(measurement) for measurement in self.measurements])
+        return pd.DataFrame([measurement.flat() for measurement in self.measurements])
+
+    def classes_frame(self) -> pd.DataFrame:
+        """One row a variant and class, the class that lost most first."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(change) for change in self.classes])
 
     def figure(self) -> go.Figure:
-        """Accuracy, with its interval, against latency at batch 1 and against file size."""
-        return _figure(self)
+        """Accuracy against latency and file size, with the frontier, to zoom and point at."""
+        from workbench.comparison.drawing import figure
+
+        return figure(self.measurements)
+
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """All numbers in full precision, as :meth:`frame` names them; written to ``path`` too when given."""
+        text = self.frame().to_csv(index=False)
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(Path(path), text)
+        return text
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
-        """A page that needs nothing else; written to ``path`` too when given."""
-        return _page(self, path)
+        """A page that needs nothing else, light or dark as the reader's system is; written to ``path`` too when given."""
+        from workbench.comparison.page import page
+
+        html = page(self)
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(Path(path), html)
+        return html
+
+    def to_json(self) -> str:
+        """All of it, for :meth:`from_json`."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Comparison:
+        values = json.loads(text)
+
+        def build(kind: Any, rows: Iterable[Mapping[str, Any]]) -> list[Any]:
+            return [kind(**row) for row in rows]
+
+        measurements = [
+            Measurement(**{**row, "latencies": tuple(build(Latency, row["latencies"])), "flags": tuple(row["flags"])})
+            for row in values["measurements"]
+        ]
+        rest = {"flags": Flag, "classes": ClassChange, "moved": Moved}
+        return cls(**{**values, "measurements": measurements, **{name: build(kind, values[name]) for name, kind in rest.items()}})
 
     def _repr_html_(self) -> str:
-        return _fragment(self)
+        from workbench.comparison.page import fragment
+
+        return fragment(self)
 
     def __str__(self) -> str:
-        return _text(self)
+        from workbench.comparison.page import text
+
+        return text(self)
 
 
-def _text(comparison: Comparison) -> str:
-    """The table in aligned columns, the conditions, the warnings."""
-    rows = [_headings(comparison), *map(_cells, comparison.measurements)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "─" * max(map(len, lines)))
-    return "\n".join([*lines, _note(comparison), *(f"! {warning}" for warning in comparison.warnings)])
+def on_frontier(points: list[tuple[float, ...]]) -> list[bool]:
+    """Which points no other dominates: none is at least as low in every coordinate and lower in one."""
 
+    def dominated(point: tuple[float, ...]) -> bool:
+        return any(other != point and all(o <= p for o, p in zip(other, point, strict=True)) for other in points)
 
-def _fragment(comparison: Comparison) -> str:
-    """The table and the warnings as HTML, for a notebook's output cell."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in _headings(comparison))
-    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in _cells(m)) + "</tr>" for m in comparison.measurements)
-    warnings = "".join(f'<p class="warn">{escape(warning)}</p>' for warning in comparison.warnings)
-    return (
-        f'<div class="wb-comparison"><style>{_STYLE}</style><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        f'<p class="note">{escape(_note(comparison))}</p>{warnings}</div>'
-    )
-
-
-def _page(comparison: Comparison, path: str | os.PathLike[str] | None = None) -> str:
-    """One HTML file with the figure's script inside (5 MB); no network is needed to read it."""
-    drawn = _figure(comparison).to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False})
-    html = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        "<title>Comparison</title><style>body{margin:2em auto;max-width:90em;padding:0 1em;overflow-x:auto}</style></head>"
-        f"<body>{_fragment(comparison)}{drawn}</body></html>"
-    )
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(path), html)
-    return html
-
-
-def _figure(comparison: Comparison) -> go.Figure:
-    """Accuracy, with its interval, against latency at batch 1 and against file size; one colour a variant, one mark a form."""
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
-    drawn = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.05)
-    colours = {
-        name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(dict.fromkeys(m.variant for m in comparison.measurements))
-    }
-    sized: set[str] = set()
-    for m in comparison.measurements:
-        name = f"{escape(m.variant)}, {m.form}"
-        places = [(1, m.latency_p50_ms)]
-        if m.variant not in sized:  # a variant's forms are one file
-            sized.add(m.variant)
-            places.append((2, m.file_bytes / 1e6))
-        for column, value in places:
-            drawn.add_trace(
-                go.Scatter(
-                    x=[value],
-                    y=[100 * m.accuracy],
-                    error_y={
-                        "type": "data",
-                        "symmetric": False,
-                        "array": [100 * (m.accuracy_high - m.accuracy)],
-                        "arrayminus": [100 * (m.accuracy - m.accuracy_low)],
-                        "thickness": 1,
-                    },
-                    name=name,
-                    legendgroup=name,
-                    showlegend=column == 1,
-                    mode="markers",
-                    marker={"color": colours[m.variant], "size": 10, "symbol": _SYMBOLS.get(m.form, "x")},
-                    hovertemplate=f"{name}<br>%{{x:.3g}}<br>%{{y:.2f}} %<extra></extra>",
-                ),
-                row=1,
-                col=column,
-            )
-    drawn.update_xaxes(title_text="latency at batch 1 (ms, median)", rangemode="tozero", row=1, col=1)
-    drawn.update_xaxes(title_text="file (MB)", rangemode="tozero", row=1, col=2)
-    drawn.update_yaxes(title_text="accuracy (%, 95 % interval)", row=1, col=1)
-    return drawn.update_layout(template="plotly_white", height=420, margin={"t": 30, "r": 10, "l": 60, "b": 50})
-
-
-def _headings(comparison: Comparison) -> list[str]:
-    return [heading.format(batch=comparison.conditions.get("batch", "n")) for heading in _HEADINGS]
-
-
-def _cells(m: Measurement) -> list[str]:
-    return [
-        m.variant,
-        m.form,
-        f"{m.accuracy:.2%}",
-        f"{m.accuracy_low:.1%} – {m.accuracy_high:.1%}",
-        f"{m.parameters:,}",
-        _bytes(m.file_bytes),
-        f"{m.latency_p50_ms:.2f}",
-        f"{m.latency_p95_ms:.2f}",
-        f"{m.batch_p50_ms:.2f}",
-        f"{m.batch_p95_ms:.2f}",
-        f"{m.agreement:.2%}",
-        f"{m.kl:.1e}",
-        f"÷ {m.size_ratio:.2f}",
-        f"× {m.speed_ratio:.2f}",
-    ]
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
-
-
-def _note(comparison: Comparison) -> str:
-    c = {"cpu": "CPU", "samples": 0, "threads": "?", "torch": "?", "rounds": "?", **comparison.conditions}
-    return (
-        f"{c['samples']:,} samples; {c['cpu']}, {c['threads']} thread(s), PyTorch {c['torch']}; medians of {c['rounds']} calls, "
-        "taken in turns. Size and speed (at batch 1) are against the first variant, in the like form."
-    )
+    return [not dominated(point) for point in points]
