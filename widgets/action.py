@@ -7,7 +7,7 @@ went (:class:`~widgets.job.Job`); so a panel made anew finds results, and jobs t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import ipywidgets
@@ -49,6 +49,8 @@ class ActionPanel(Panel):
     config_class: ClassVar[type[Config]]
     empty: ClassVar[str]
     source_label: ClassVar[str] = "source run"
+    wide: ClassVar[bool] = False
+    """Whether the results take the whole width, below the form."""
 
     def __init__(self, run: Run | None = None, config: Any = None) -> None:
         super().__init__()
@@ -145,9 +147,13 @@ class ActionPanel(Panel):
         on = self._handlers()
         self._source, self._button, self._results = Surface(on=on), Surface(on=on), Surface(on=on)
         self._form = Form(self.config_class, self._initial)
-        left = box("wb-column", [self._source, self._form, self._button])
         code = self._code(f"{self.verb.capitalize()} runs this code")
-        frame = self._frame(box("wb-split", [left, box("wb-column", [self._results])]), code)
+        if self.wide:
+            split = box("wb-split", [box("wb-column", [self._source, self._button]), box("wb-column", [self._form])])
+            frame = self._frame(split, self._results, code)
+        else:
+            left = box("wb-column", [self._source, self._form, self._button])
+            frame = self._frame(box("wb-split", [left, box("wb-column", [self._results])]), code)
         self._refresh()
         self._form.on_change(lambda config: self._refresh())
         self._watch()
@@ -228,17 +234,21 @@ def preamble(run: Run, names: Iterable[str]) -> str:
     return PREAMBLE.format(names=", ".join(sorted({"Run", "compare", *names})), open=open_code(run))
 
 
-def section(job: Job, action: Html | None, more: Callable[[list[dict[str, Any]]], Html] | None = None) -> Html:
-    """A job that measures models: its state, then the table and the warnings; ``more`` is drawn from the rows below them."""
+def head_of(job: Job, action: Html | None) -> Html:
+    """The line above a result: how it stands, its name, how long it took, and what can be done with it."""
     took = tag("span", theme.duration(job.seconds), cls="quiet small keep")
-    head = theme.heading(job.status, job.folder.name, took, action, title=str(job.folder))
+    return theme.heading(job.status, job.folder.name, took, action, title=str(job.folder))
+
+
+def section(job: Job, action: Html | None) -> Html:
+    """A job that measures models: its state, then the table and the warnings."""
+    head = head_of(job, action)
     if job.status == "running":
         return tag("section", head, tag("progress", aria_label="Working"), cls="stack")
     result = job.result
     rows = result.get("rows") or []
     warnings = [theme.notice(words, kind="warning") for words in result.get("warnings", [])]
-    drawn = more(rows) if more is not None and rows else None
-    return tag("section", head, before_after(rows) if rows else None, warnings, drawn, job.problem(), cls="stack")
+    return tag("section", head, before_after(rows) if rows else None, warnings, job.problem(), cls="stack")
 
 
 def before_after(rows: Iterable[Mapping[str, Any]]) -> Html:

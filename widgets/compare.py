@@ -6,20 +6,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from widgets.action import ActionPanel, preamble, section, trained
+from widgets.action import ActionPanel, head_of, preamble, section, trained
 from widgets.job import Job
 from widgets.markup import Html, button, tag
-from widgets.scatter import scatter
-from workbench.comparison import CompareConfig
+from workbench.comparison import CompareConfig, Comparison
 from workbench.run import Run
 
-REPORT = "comparison.html"
+REPORT, TABLE = "comparison.html", "comparison.csv"
 CANDIDATES = 50
 """Most variants and runs offered."""
 
 
 class ComparePanel(ActionPanel):
-    """Choose variants, measure them in turns, read table, plot and warnings.
+    """Choose variants, measure them in turns, and read what got worse: table, frontier, classes and attributions.
 
     Args:
         run: the run whose data to measure on, and whose model comes first; by default the newest that has one.
@@ -36,6 +35,7 @@ class ComparePanel(ActionPanel):
     config_class = CompareConfig
     empty = "Accuracy, size and latency appear here, side by side."
     source_label = "original, and its held-out data"
+    wide = True
 
     def __init__(
         self, run: Run | None = None, chosen: Iterable[Path | str] | None = None, config: CompareConfig | None = None
@@ -72,6 +72,7 @@ class ComparePanel(ActionPanel):
             f'variants = {{\n    "original": run,\n{"".join(lines)}}}\n'
             f"comparison = compare(variants, held_out, {config.to_code()})\n"
             f'comparison.to_html(run.path / "comparisons" / {name!r} / "{REPORT}")\n'
+            f'comparison.to_csv(run.path / "comparisons" / {name!r} / "{TABLE}")\n'
         )
 
     def _handlers(self) -> dict[str, Any]:
@@ -90,7 +91,11 @@ class ComparePanel(ActionPanel):
         return [self._section(job) for job in self.jobs[:1]]
 
     def _section(self, job: Job) -> Html:
-        return section(job, self._action(job), lambda rows: scatter(rows, "latency_p50_ms", "latency of one sample, ms"))
+        kept = job.result.get("comparison")
+        if kept is None:
+            return section(job, self._action(job))
+        # What the template writes is escaped there, for notebooks and pages alike.
+        return tag("section", head_of(job, self._action(job)), Html(Comparison.from_json(kept)._repr_html_()), cls="stack")
 
     def _action(self, job: Job) -> Html | None:
         if (job.folder / REPORT).exists():

@@ -155,7 +155,7 @@ def _made(names: dict[str, Any]) -> dict[str, Any]:
     if comparison is not None:
         made["rows"] = json.loads(comparison.frame().to_json(orient="records"))
         made["warnings"] = list(comparison.warnings)
-        made["conditions"] = dict(comparison.conditions)
+        made["comparison"] = comparison.to_json()
     return made
 
 

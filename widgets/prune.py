@@ -39,7 +39,8 @@ class PrunePanel(ActionPanel):
             "model = run.load_model()\n"
             f"pruned = prune(model, {config.to_code()}, held_out[0])\n"
             f'folder = save_model(pruned, run.path / "variants" / {name!r})\n'
-            'comparison = compare({"original": model, "pruned": pruned}, held_out, CompareConfig(compile=False, seconds=5))\n'
+            "measure = CompareConfig(compile=False, seconds=5, attributions=0)\n"
+            'comparison = compare({"original": model, "pruned": pruned}, held_out, measure)\n'
             'comparison.to_html(folder / "comparison.html")\n'
         )
 

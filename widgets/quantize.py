@@ -29,6 +29,7 @@ class QuantizePanel(ActionPanel):
             "model = run.load_model()\n"
             f"quantized = quantize(model, {config.to_code()}{', calibration' if static else ''})\n"
             f'folder = save_model(quantized, run.path / "variants" / {name!r})\n'
-            'comparison = compare({"original": model, "quantized": quantized}, held_out, CompareConfig(seconds=10))\n'
+            "measure = CompareConfig(seconds=10, attributions=0)\n"
+            'comparison = compare({"original": model, "quantized": quantized}, held_out, measure)\n'
             'comparison.to_html(folder / "comparison.html")\n'
         )

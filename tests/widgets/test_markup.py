@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from xml.etree import ElementTree
-
 import pytest
 
 from widgets import theme
 from widgets.markup import Html, button, select, tag, text
-from widgets.scatter import scatter
 
 EVIL = '<img src=x onerror="alert(1)">'
 
@@ -36,18 +33,6 @@ def test_text_is_escaped_and_html_is_not() -> None:
 def test_nothing_evil_gets_through(made: str) -> None:
     assert EVIL not in made
     assert "<img" not in made
-
-
-def test_a_scatter_draws_every_point_beside_the_others() -> None:
-    row = {"accuracy": 0.9, "accuracy_low": 0.88, "accuracy_high": 0.92}
-    forms = {"eager fp32": 3.0, "compiled fp32": 2.0, "compiled bf16": 1.5, "compiled int8": 1.0}
-    rows = [{**row, "variant": EVIL, "form": form, "ms": ms} for form, ms in forms.items()]
-    made = scatter(rows, "ms", "latency, ms")
-    tree = ElementTree.fromstring(made)
-    marks = [mark for group in tree.iter("g") for mark in group if mark.tag in ("rect", "circle")]
-    assert [mark.tag for mark in marks] == ["circle", "circle", "rect", "rect"]
-    assert len([t for t in tree.iter("text") if t.get("text-anchor") == "middle"]) >= 4
-    assert scatter([], "ms", "") == ""
 
 
 def test_numbers_and_durations() -> None:
