@@ -192,8 +192,9 @@ def test_a_model_of_ids_trains_and_converts(tmp_path: Path) -> None:
         assert torch.equal(load_model(tmp_path / "int8")(ids), int8(ids))
 
 
+@pytest.mark.filterwarnings("ignore:.*of the parameters went:UserWarning")
 def test_pruned_then_trained_then_int8(x: Tensor, tmp_path: Path) -> None:
-    model = QuantAwareTraining(prune(build(), PruneConfig(ratio=0.33), x), QAT, x).prepare()
+    model = QuantAwareTraining(prune(build(), PruneConfig(ratio=0.3), x), QAT, x).prepare()
     model.train()(x)
     int8 = quantize(model.eval())
     save_model(int8, tmp_path)

@@ -1,4 +1,4 @@
-"""The fast form of a model on the CPU: compiled by Inductor with frozen weights, float or INT8."""
+"""The fast form of a model: compiled by Inductor, float or INT8; and why a model can't be compiled."""
 
 from __future__ import annotations
 
@@ -7,34 +7,38 @@ import importlib
 import logging
 import os
 import shutil
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from workbench.errors import DeviceError
+from workbench.errors import DeviceError, ModelError
 from workbench.models.structure import structure_of
 
 
-def compiled(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+def compiled(model: nn.Module, dtype: torch.dtype = torch.float32, *, tune: bool = False) -> nn.Module:
     """The fast form of a model for inference: Inductor with frozen weights; INT8 graphs get INT8 kernels.
 
-    Each new batch size is compiled once, at its first call (seconds).
+    Each new batch size is compiled once, at its first call (seconds; minutes with ``tune``). On CUDA devices, calls are captured.
 
     Args:
         model: any module, quantized or not; a copy of it is compiled, in evaluation mode.
         dtype: ``torch.bfloat16`` runs the float parts under autocast.
+        tune: time several kernels for each matrix product while compiling, and keep the fastest.
 
     Raises:
         DeviceError: there is no C++ compiler on this machine.
+        ModelError: at the first call, the model can't be compiled as one graph; the message names the line.
     """
     if not has_compiler():
         raise DeviceError("Compiling needs a C++ compiler, and none was found.", "Install g++ (apt-get install g++), or set CXX.")
-    return _Compiled(model, dtype)
+    return _Compiled(model, dtype, tune)
 
 
 def has_compiler() -> bool:
@@ -56,7 +60,7 @@ def import_quietly(module: str) -> ModuleType:
 
 
 class _Compiled(nn.Module):
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, tune: bool) -> None:
         super().__init__()
         # Importing the quantizer registers the fusion passes that turn quantize-dequantize pairs into INT8 kernels.
         import_quietly("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
@@ -65,23 +69,35 @@ class _Compiled(nn.Module):
         self.dtype = dtype
         self.structure = structure_of(model)
         self.training = False
+        self.cuda_device = any(tensor.is_cuda for tensor in self.model.state_dict().values())
+        self._options = self._inductor_options(tune)
         # Left to itself, a second batch size would get one kernel for all sizes, which is slower. In a tuple: a compiled module
         # set as an attribute would be a submodule, and its weights would count twice.
-        self._call = (torch.compile(self.model, dynamic=False),)
+        mode = ("max-autotune" if tune else "reduce-overhead") if self.cuda_device else None
+        self._call = (torch.compile(self.model, dynamic=False, fullgraph=True, mode=mode),)
         self._seen: set[tuple[Any, ...]] = set()
+
+    def _inductor_options(self, tune: bool) -> dict[str, Any]:
+        """Settings that tracing reads too, so that they can't be options of torch.compile."""
+        if self.cuda_device:
+            return {"force_fuse_int_mm_with_mul": True}
+        quantized = any(transform["kind"] == "quantize" for transform in self.structure.transforms)
+        # Calling twenty or fifty INT8 kernels from Python costs as much as a few of them take.
+        return {"freezing": True, "cpp_wrapper": quantized, "max_autotune": tune}
 
     def forward(self, x: torch.Tensor) -> Any:
         key = (x.shape, x.dtype, x.stride())
-        # Tracing reads the freezing flag too, so it can't be an option of torch.compile; and weights are frozen only where no
-        # gradient can be asked for.
+        device = "cuda" if self.cuda_device else "cpu"
+        # Weights are frozen only where no gradient can be asked for.
         with (
             self._tracing(key),
             torch.no_grad(),
-            torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16),
+            torch.autocast(device, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16),
         ):
             output = self._call[0](x)
         self._seen.add(key)
-        return output
+        # The next call of a captured graph writes to the same place.
+        return output.clone() if self.cuda_device and isinstance(output, torch.Tensor) else output
 
     @contextmanager
     def _tracing(self, key: tuple[Any, ...]) -> Iterator[None]:
@@ -90,10 +106,29 @@ class _Compiled(nn.Module):
             return
         # Models of one class share a cache of compiled code, and past its limit they would run uncompiled without a word.
         with (
-            torch._inductor.config.patch(freezing=True),
+            torch._inductor.config.patch(**self._options),
             torch._dynamo.config.patch(recompile_limit=1024),
             warnings.catch_warnings(),
         ):
             # Inductor's lowering of INT8 convolutions copies zero points in a way that torch itself discourages.
             warnings.filterwarnings("ignore", message="To copy construct from a tensor", category=UserWarning)
-            yield
+            try:
+                yield
+            except torch._dynamo.exc.Unsupported as error:
+                raise ModelError(
+                    f"{type(self.model).__name__} can't be compiled as one graph{where(error)}: {first_line(error)}",
+                    "Rewrite that line without branches on tensor values (torch.where, torch.cond), or run the model as it is.",
+                ) from error
+
+
+def where(error: BaseException) -> str:
+    """`` at file.py:12`` of the reader's own code, as far as the error tells; else nothing."""
+    libraries = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+    frames: list[traceback.FrameSummary] = list(getattr(error, "real_stack", None) or traceback.extract_tb(error.__traceback__))
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    return f" at {own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without its pages of context."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import fnmatch
 import operator
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from workbench.compress.compilation import import_quietly
+from workbench.compress.compilation import first_line, import_quietly, where
 from workbench.compress.quantization_config import QuantConfig
 from workbench.errors import ArtefactError, ConfigError, ModelError
 from workbench.models.structure import Structure
@@ -221,19 +219,6 @@ def numbered(nodes: Iterable[Node]) -> Iterator[tuple[str, Node]]:
 def observed(prepared: GraphModule) -> Iterator[tuple[str, Node]]:
     """(name of the value, its observer's node) for each activation that will become INT8, in the graph's order."""
     return numbered(n for n in prepared.graph.nodes if n.op == "call_module" and cast(Node, n.args[0]).op != "get_attr")
-
-
-def where(error: BaseException) -> str:
-    """`` at file.py:12`` of the reader's own code, as far as the error tells; else nothing."""
-    libraries = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
-    frames: list[traceback.FrameSummary] = list(getattr(error, "real_stack", None) or traceback.extract_tb(error.__traceback__))
-    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
-    return f" at {own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else ""
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without its pages of context."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 def our_versions() -> dict[str, str]:
