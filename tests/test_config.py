@@ -23,6 +23,8 @@ from workbench.errors import ConfigError
 from workbench.losses import LOSSES
 from workbench.models.config import MODELS
 from workbench.optim_config import OPTIMIZERS
+from workbench.regularizers import PENALTIES
+from workbench.training.distillation_config import DISTILLATIONS
 
 # -- a strategy from the fields themselves: a new setting is covered as soon as it exists -------------------------------
 
@@ -39,6 +41,8 @@ NAMES: dict[tuple[str, str], st.SearchStrategy[Any]] = {
     ("LossConfig", "name"): st.sampled_from([*LOSSES, "losses.py:mine"]),
     ("OptimConfig", "name"): st.sampled_from([*OPTIMIZERS, "my.package:Optimizer"]),
     ("MeshConfig", "replicate"): st.just("all"),
+    ("TrainConfig", "penalties"): st.dictionaries(st.sampled_from([*PENALTIES, "my:penalty"]), st.floats(0, 10), max_size=2),
+    ("DistillConfig", "terms"): st.dictionaries(st.sampled_from([*DISTILLATIONS]), st.floats(0, 10), max_size=3),
 }
 
 

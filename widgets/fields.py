@@ -34,8 +34,10 @@ REGISTRIES: dict[str, tuple[str, ...]] = {
     "attributions": ("workbench.attribution_config:METHODS",),
     "criteria": ("workbench.compress.pruning_config:CRITERIA",),
     "observers": ("workbench.compress.quantization_config:OBSERVERS",),
+    "distillations": ("workbench.training.distillation_config:DISTILLATIONS",),
     "losses": ("workbench.losses:LOSSES",),
     "optimizers": ("workbench.optim_config:OPTIMIZERS",),
+    "penalties": ("workbench.regularizers:PENALTIES",),
 }
 """Where the names behind ``hint(choices=...)`` come from: registries, or functions that return names; loaded when asked for."""
 

@@ -19,12 +19,15 @@ from workbench.data.augment import Draw
 from workbench.data.cards import card_names, data_folder, read_card
 from workbench.data.config import AUGMENTATIONS, DataConfig
 from workbench.data.splits import Arrays, Splits, load_splits
+from workbench.errors import ModelError
 from workbench.losses import LOSSES, LossConfig, make_loss
 from workbench.models import MODELS, ModelConfig, build_model
 from workbench.optim import make_optimizer
 from workbench.optim_config import OPTIMIZERS, OptimConfig
 from workbench.probes import PROBES, ProbeConfig, StepContext
 from workbench.registry import load_object
+from workbench.regularizers import PENALTIES
+from workbench.training.distillation_config import DISTILLATIONS, DistillConfig
 
 # -- losses ---------------------------------------------------------------------------------------------------------
 
@@ -267,6 +270,53 @@ def test_an_attribution_leaves_the_model_alone_and_does_not_mix_samples(method: 
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+
+
+# -- distillation terms, penalties ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DISTILLATIONS)
+def test_a_distillation_term_is_a_mean_over_the_batch_that_teaches_the_student_only(name: str) -> None:
+    torch.manual_seed(0)
+    kind = DISTILLATIONS.factory(name)
+    shape = (8, 5) if kind.compares == "outputs" else (8, 4, 6, 6)
+    student, teacher = torch.randn(shape), torch.randn(shape)
+    term = kind(student, teacher, DistillConfig())
+    value = term(student.requires_grad_(), teacher)
+    assert value.shape == () and torch.isfinite(value) and value > 0
+    halves = (term(student[:4], teacher[:4]) + term(student[4:], teacher[4:])) / 2
+    torch.testing.assert_close(halves, value)  # what accumulation and ranks rely on
+    value.backward()
+    assert student.grad is not None and student.grad.abs().sum() > 0
+    torch.testing.assert_close(term(student, student).detach(), torch.tensor(0.0))
+    half = term(student.detach().bfloat16(), teacher.bfloat16())
+    assert half.dtype == torch.float32  # autocast's outputs are compared in full precision
+    torch.testing.assert_close(half, value.detach(), rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_penalty_is_a_number_with_the_gradient_that_lowers_it(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4)).double()
+    penalty = PENALTIES.factory(name)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    value = penalty(model)
+    assert value.shape == () and value > 0
+    assert torch.equal(penalty(model.eval()), penalty(model.train()))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    value.backward()
+    touched = [p for p in model.parameters() if p.grad is not None]
+    for parameter in touched:  # along its gradient it changes by the gradient's squared length
+        assert parameter.grad is not None
+        step = 1e-6
+        with torch.no_grad():
+            parameter -= step * parameter.grad
+            lower = penalty(model)
+            parameter += step * parameter.grad
+        assert float(value.detach() - lower) == pytest.approx(step * float(parameter.grad.square().sum()), rel=1e-2)
+    assert touched
+    with pytest.raises(ModelError):  # nothing to act upon
+        penalty(nn.ReLU())
 
 
 # -- data cards -----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from workbench.compress.compilation import compiled
+    from workbench.compress.distillation import DistillConfig, distill
     from workbench.compress.pruning import ChannelPruner, prune
     from workbench.compress.pruning_config import CRITERIA, PruneConfig
     from workbench.compress.qat import QuantAwareTraining
@@ -19,17 +20,21 @@ if TYPE_CHECKING:
 __all__ = [
     "CRITERIA",
     "ChannelPruner",
+    "DistillConfig",
     "PruneConfig",
     "QuantAwareTraining",
     "QuantConfig",
     "Quantizer",
     "compiled",
+    "distill",
     "prune",
     "quantize",
 ]
 
 _HOMES = {
     "CRITERIA": "pruning_config",
+    "DistillConfig": "distillation",
+    "distill": "distillation",
     "PruneConfig": "pruning_config",
     "QuantConfig": "quantization_config",
     "ChannelPruner": "pruning",

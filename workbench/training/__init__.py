@@ -84,7 +84,7 @@ def prepare(
         detached: other processes will train, so that everything must be stored; else what cannot be pickled stays with us.
 
     Raises:
-        RunError: a file that the config names is missing, or the model or data cannot be stored.
+        RunError: a file or folder that the config names is missing, or the model or data cannot be stored.
     """
     from workbench.training import repro, sources
 
@@ -96,8 +96,13 @@ def prepare(
         config = config.override({"model.name": sources.model_name(model)})
     if data is not None:
         config = config.override({"data.name": sources.DATA_OBJECT})
+    given = config.distill.teacher if config.distill is not None else None
+    if given is not None:
+        config = config.override({"distill.teacher": sources.teacher_name(given)})
     run = Run.create(config, label=config.title, root=root)
     sources.copy_sources(config, run.path)
+    if given is not None:
+        sources.keep_teacher(given, run.path)
     if model is not None:
         sources.keep_model(model, run.path)
     if data is not None:

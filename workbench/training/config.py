@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -13,6 +13,8 @@ from workbench.losses import LossConfig
 from workbench.models.config import ModelConfig
 from workbench.optim_config import ClipConfig, OptimConfig, ScheduleConfig
 from workbench.probes.config import ProbesConfig
+from workbench.regularizers import PENALTIES
+from workbench.training.distillation_config import DistillConfig
 
 
 class CheckpointConfig(Config):
@@ -54,6 +56,13 @@ class TrainConfig(Config):
         description="Decay per optimizer step of a running average of the weights, which is evaluated and kept in their place, "
         "e.g. 0.999; 0 for none.",
         json_schema_extra=hint(advanced=True),
+    )
+
+    distill: DistillConfig | None = Field(None, description="A teacher to learn from.", json_schema_extra=hint(advanced=True))
+    penalties: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {},
+        description="Penalties on the weights and their factors, added to the loss, e.g. {slimming: 1e-4} before pruning.",
+        json_schema_extra=hint(choices="penalties", advanced=True),
     )
 
     epochs: int = Field(3, ge=1, le=100_000, description="Passes over the training samples.")
@@ -112,6 +121,13 @@ class TrainConfig(Config):
         if mesh.replicate != "all":
             raise ValueError(f"replicate={mesh.replicate} is not supported: every rank holds a copy. Leave it at 'all'")
         return mesh
+
+    @field_validator("penalties")
+    @classmethod
+    def _penalties_are_known(cls, penalties: dict[str, float]) -> dict[str, float]:
+        for name in penalties:
+            PENALTIES.check(name)
+        return penalties
 
     @property
     def title(self) -> str:

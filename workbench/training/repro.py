@@ -10,7 +10,7 @@ from workbench.storage import write_atomic
 from workbench.training.config import TrainConfig
 from workbench.training.sources import kept_name
 
-_SOURCES = ("model.name", "data.name", "loss.name", "optim.name")
+_SOURCES = ("model.name", "data.name", "loss.name", "optim.name", "distill.teacher")
 
 
 def code(config: TrainConfig, said: Iterable[events.Event] = (), nproc: int = 1) -> str:

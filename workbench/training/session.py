@@ -23,7 +23,7 @@ from workbench.data.splits import Arrays, Splits, load_splits
 from workbench.distributed import World, barrier, process_group
 from workbench.errors import DeviceError, MemoryExhausted, ModelError, RunError, WorkbenchError
 from workbench.losses import check_labels, check_output, make_loss, takes_labels
-from workbench.models import build_model
+from workbench.models import ModelConfig, build_model
 from workbench.probes import PROBES, Probe, ProbeSet
 from workbench.registry import find_source
 from workbench.run import Run
@@ -31,6 +31,8 @@ from workbench.training import decisions, environment, repro, sources
 from workbench.training.checkpoint import random_state, set_random_state
 from workbench.training.config import TrainConfig
 from workbench.training.control import Command, Control
+from workbench.training.distillation import Distillation
+from workbench.training.objective import Objective
 from workbench.training.precision import Precision
 from workbench.training.recorder import Recorder, say_failed
 from workbench.training.trainer import Trainer
@@ -90,6 +92,9 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     kept: dict[str, Any] = {f"{part}.name": find_source(getattr(config, part).name, run.path) for part in ("loss", "optim")}
     if config.data.augment is not None:
         kept["data.augment"] = [find_source(name, run.path) for name in config.data.augment]
+    kept["penalties"] = {find_source(name, run.path): factor for name, factor in config.penalties.items()}
+    if config.distill is not None:
+        kept["distill.terms"] = {find_source(name, run.path): weight for name, weight in config.distill.terms.items()}
     config = config.override(kept)
     decided = decisions.Decisions(run.resolved)
     splits = load_splits(config.data, data, root=run.path)
@@ -115,7 +120,10 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     probe_set = ProbeSet(probes, recorder.reading)
     probe_set.attach(model)
     compile_mode = decisions.decide_compile(config, world.device, total_steps, decided)
-    trainer = Trainer(config, model, batches, precision, compile_mode, probe_set, recorder, control, world)
+    objective = Objective(
+        model, make_loss(config.loss), config.penalties, _distillation(config, model, batches, precision, run.path)
+    )
+    trainer = Trainer(config, objective, batches, precision, compile_mode, probe_set, recorder, control, world)
 
     torch.manual_seed(derive_seed(config.seed, world.rank))
     if run.checkpoints:
@@ -135,6 +143,20 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
         )
     barrier(world)
     return trainer
+
+
+def _distillation(
+    config: TrainConfig, model: nn.Module, batches: Batches, precision: Precision, root: Path
+) -> Distillation | None:
+    """The teacher that the run folder keeps, and the terms to learn from it by."""
+    if config.distill is None:
+        return None
+    teacher = build_model(ModelConfig(name=config.distill.teacher), root=root).to(batches.target.device)
+    if batches.target.channels_last:
+        teacher.to(memory_format=torch.channels_last)
+    x = next(batches.evaluation())[0][:2]
+    with precision.autocast():
+        return Distillation(config.distill, model, teacher, x)
 
 
 def fit_to_data(config: TrainConfig, splits: Splits) -> Any:
@@ -193,6 +215,7 @@ def _check_ids(model: nn.Module, splits: Splits) -> None:
 
 def _finish(trainer: Trainer, run: Run, recorder: Recorder, world: World) -> None:
     trainer.probes.detach()
+    trainer.objective.detach()
     trainer.average.apply()
     trainer.model.eval()
     recorder.flush(durable=True)

@@ -14,6 +14,8 @@ from workbench.training.config import TrainConfig
 
 MODEL, MODEL_OBJECT, DATA_OBJECT = "source/model", "source/model.pkl", "source/data.pkl"
 """Where a run folder keeps the module or the data that a run was given as objects."""
+TEACHER = "source/teacher"
+"""Where it keeps the model that a run learns from."""
 
 
 def keep_model(model: Any, folder: Path) -> None:
@@ -28,6 +30,30 @@ def keep_model(model: Any, folder: Path) -> None:
         dump_object(model, folder / MODEL_OBJECT)
 
 
+def keep_teacher(name: str, folder: Path) -> None:
+    """Copy the model to learn from into the run folder, so that the run goes on wherever it lies.
+
+    Args:
+        name: a folder with a model, or a pickled module.
+
+    Raises:
+        RunError: there is no such folder or file.
+        ArtefactError: it holds no model.
+    """
+    path, kept = Path(name), folder / teacher_name(name)
+    if not (path.is_file() if path.suffix == ".pkl" else name and path.is_dir()):
+        raise RunError(f"distill.teacher={name!r} is not there.", "Give the folder of a saved model or of a finished run.")
+    if path.suffix == ".pkl":
+        write_atomic(kept, path.read_bytes())
+    else:
+        load_object("workbench.artefact:save_model")(load_object("workbench.artefact:load_model")(path), kept)
+
+
+def teacher_name(name: str) -> str:
+    """What ``distill.teacher`` becomes in a run folder, which keeps the model."""
+    return f"{TEACHER}.pkl" if name.endswith(".pkl") else TEACHER
+
+
 def model_name(model: Any) -> str:
     """What ``model.name`` becomes when a run is given this module."""
     built = getattr(getattr(model, "structure", None), "model", None)
@@ -40,7 +66,9 @@ def copy_sources(config: TrainConfig, folder: Path) -> None:
     Raises:
         RunError: a file is missing, or two of one name differ.
     """
-    plugged = [*(config.data.augment or ()), *config.probes.more]
+    plugged = [*(config.data.augment or ()), *config.probes.more, *config.penalties]
+    if config.distill is not None:
+        plugged += config.distill.terms
     for name in (config.model.name, config.data.name, config.loss.name, config.optim.name, *plugged):
         path = Path(name.partition(":")[0])
         if path.suffix != ".py":

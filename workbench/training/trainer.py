@@ -8,7 +8,7 @@ probes, and what is written to the run folder (:mod:`recorder`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from workbench import events
 from workbench.data.batches import Batch, Batches
 from workbench.distributed import World, sum_over_ranks
 from workbench.errors import NonFiniteLoss
-from workbench.losses import make_loss
 from workbench.optim import AdaptiveGradientClipper, Schedule, make_optimizer
 from workbench.probes import ProbeSet, StepContext
 from workbench.training import checkpoint
@@ -30,6 +29,7 @@ from workbench.training.average import WeightAverage
 from workbench.training.config import TrainConfig
 from workbench.training.control import Command, Control
 from workbench.training.meter import Meter, Window
+from workbench.training.objective import Objective
 from workbench.training.precision import Precision
 from workbench.training.recorder import Recorder
 
@@ -39,7 +39,7 @@ class Trainer:
 
     Args:
         config: of the run.
-        model: on the device, probes attached, not yet wrapped.
+        objective: model and loss on the device, probes attached, not yet wrapped.
         batches: this rank's.
         precision, compile_mode: as decided.
     """
@@ -47,7 +47,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        model: nn.Module,
+        objective: Objective,
         batches: Batches,
         precision: Precision,
         compile_mode: str,
@@ -56,19 +56,20 @@ class Trainer:
         control: Control,
         world: World,
     ) -> None:
-        self.config, self.model, self.batches, self.precision = config, model, batches, precision
+        self.config, self.objective, self.batches, self.precision = config, objective, batches, precision
         self.probes, self.recorder, self.control, self.world = probes, recorder, control, world
-        self.loss = make_loss(config.loss)
-        self.forward: nn.Module = _ModelWithLoss(model, self.loss)
-        self.optimizer = make_optimizer(model, config.optim)
+        self.model, self.trained = objective.model, objective.trained
+        self.forward: nn.Module = objective
+        self.optimizer = make_optimizer(self.trained, config.optim)
         self.clipper = None if config.clip.mode == "off" else AdaptiveGradientClipper(config.clip.max_norm, config.clip.mode)
-        self.average = WeightAverage(model, config.ema)
+        self.average = WeightAverage(self.model, config.ema)
         # Telling the compiler of a new step imports all of it, seconds that other runs need not spend.
         self._captured = compile_mode in ("reduce-overhead", "max-autotune")
         if compile_mode != "off":
             torch.compiler.reset()  # what a kernel compiled before must not decide how this run is compiled, nor use up the limit
             self.forward.compile(mode=None if compile_mode == "default" else compile_mode)
         if world.size > 1:
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.forward, objective.constants)
             self.forward = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)
         planned = config.epochs * batches.steps_per_epoch
         self.total_steps = min(planned, config.max_steps or planned)
@@ -199,7 +200,7 @@ class Trainer:
         for x, y, count in self.batches.evaluation():
             with self.precision.autocast():
                 output = self.model(x)[:count]
-                loss = self.loss(output, y[:count])
+                loss = self.objective.loss(output, y[:count])
             classes = output.ndim == 2 and y.ndim == 1 and not y.is_floating_point()
             right = (output.argmax(1) == y[:count]).sum() if classes else torch.zeros_like(loss)
             sums += torch.stack([loss.double() * count, right.double(), torch.full_like(loss, count, dtype=torch.float64)])
@@ -215,7 +216,7 @@ class Trainer:
         self.probes.collect(wait=True)
         self.recorder.flush(durable=True)
         self._share_buffers()
-        state = checkpoint.training_state(self.model, self.optimizer, self._extra(), self.world)
+        state = checkpoint.training_state(self.trained, self.optimizer, self._extra(), self.world)
         facts = {"step": self.step, "lr_scale": self.schedule.scale, "metrics": self.metrics, "world_size": self.world.size}
         checkpoint.save(path.parent, self.step, state, facts, self.world, self.config.checkpoint.keep)
         self._saved = self.step
@@ -226,7 +227,7 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint."""
         facts = checkpoint.read_facts(path)
-        extra = checkpoint.restore(path, self.model, self.optimizer, self._extra(), self.world)
+        extra = checkpoint.restore(path, self.trained, self.optimizer, self._extra(), self.world)
         self.step = self._saved = facts["step"]
         self.control.skip_to(self.step)
         self.schedule.scale, self.metrics = facts["lr_scale"], facts["metrics"]
@@ -296,19 +297,6 @@ class Trainer:
     def _emit(self, event: events.Event) -> None:
         if self.world.main:
             self.recorder.emit(event)
-
-
-class _ModelWithLoss(nn.Module):
-    """Model and loss as one module, so that they are compiled, captured and wrapped together."""
-
-    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Any]) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, x: Any, y: Any) -> Tensor:
-        """Batch (x, y) -> the mean loss, a scalar."""
-        value: Tensor = self.loss(self.model(x), y)
-        return value
 
 
 def _due(count: int, every: int) -> bool:
