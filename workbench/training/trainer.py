@@ -70,7 +70,8 @@ class Trainer:
             self.forward.compile(mode=None if compile_mode == "default" else compile_mode)
         if world.size > 1:
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.forward, objective.constants)
-            self.forward = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)
+            # As views of buckets, gradients shift in memory once the buckets are rebuilt, and norms of them by their last bit.
+            self.forward = DistributedDataParallel(self.forward, gradient_as_bucket_view=not config.deterministic)
         planned = config.epochs * batches.steps_per_epoch
         self.total_steps = min(planned, config.max_steps or planned)
         self.schedule = Schedule(config.schedule, config.optim.lr, self.total_steps)
