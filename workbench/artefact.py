@@ -36,6 +36,8 @@ TRANSFORMS = Registry(
         "prune": "workbench.compress.surgery:replay",
         "qat": "workbench.compress.qat:replay",
         "quantize": "workbench.compress.quantization:replay",
+        "sparsify": "workbench.compress.sparsity:replay",
+        "bake_masks": "workbench.compress.sparsity:replay_bake",
     },
 )
 """Who replays a change on a freshly built model: a function from (model, record) to the changed model."""

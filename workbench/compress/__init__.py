@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from workbench.compress.qat import QuantAwareTraining
     from workbench.compress.quantization import Quantizer, quantize
     from workbench.compress.quantization_config import QuantConfig
+    from workbench.compress.sparsity import bake_masks, semi_structured, sparsify
+    from workbench.compress.sparsity_config import SparsityConfig
 
 __all__ = [
     "CRITERIA",
@@ -25,10 +27,14 @@ __all__ = [
     "QuantAwareTraining",
     "QuantConfig",
     "Quantizer",
+    "SparsityConfig",
+    "bake_masks",
     "compiled",
     "distill",
     "prune",
     "quantize",
+    "semi_structured",
+    "sparsify",
 ]
 
 _HOMES = {
@@ -43,6 +49,10 @@ _HOMES = {
     "Quantizer": "quantization",
     "compiled": "compilation",
     "quantize": "quantization",
+    "SparsityConfig": "sparsity_config",
+    "bake_masks": "sparsity",
+    "semi_structured": "sparsity",
+    "sparsify": "sparsity",
 }
 
 

@@ -2,6 +2,7 @@
 
 * :func:`latency_of` — milliseconds of each call, round by round.
 * :func:`ratio_of` — how much faster or slower one is than another, by the median over rounds.
+* :func:`floor_ratio_of` — the same by each one's fastest rounds, for deciding on a busy machine.
 * :func:`timed_call` — a model as one of these calls: eager, compiled, or captured as a CUDA graph.
 """
 
@@ -74,6 +75,18 @@ def ratio_of(times: Sequence[float], baseline: Sequence[float]) -> float:
     A slow spell of the machine slows both of a round, and a hiccup in one round moves a median little.
     """
     return statistics.median(one / other for one, other in zip(times, baseline, strict=True))
+
+
+def floor_ratio_of(times: Sequence[float], baseline: Sequence[float]) -> float:
+    """How long ``times`` take relative to ``baseline``, by the mean of the fastest quarter of each.
+
+    Other work on the machine only adds time, so the fastest rounds are those that it disturbed least.
+    """
+
+    def floor(values: Sequence[float]) -> float:
+        return statistics.fmean(sorted(values)[: max(1, len(values) // 4)])
+
+    return floor(times) / floor(baseline)
 
 
 Form = Literal["auto", "eager", "compiled"]

@@ -14,7 +14,7 @@ from torch import nn
 from workbench.compress.cost import count_macs
 from workbench.compress.coupling import Couplings, Cuts, Group, cut, explained, survivors
 from workbench.compress.criteria import Evidence, batches_of, scored_by
-from workbench.compress.latency import latency_of, ratio_of, timed_call
+from workbench.compress.latency import floor_ratio_of, latency_of, timed_call
 from workbench.compress.pruning_config import LatencyConfig, PruneConfig
 from workbench.compress.sample import one_sample
 from workbench.compress.search import Ranking, nearest, shortest, topped_up
@@ -143,16 +143,15 @@ class Plan:
 
     def _to_latency(self) -> tuple[Cuts, dict[str, Any]]:
         settings, wanted = self.config.latency, 1 - self.config.ratio
-        # Latency falls more slowly than the work does: the first guess removes the same share of that.
-        start = shortest(self._removed("macs"), len(self.ranking), self.config.ratio)
+        removed = self._removed("macs")
         baseline = self._timed(self.source)[0]
 
         def share(length: int) -> float:
             candidate = cut(self.source, self.x, self.ranking.cuts(length), self.heads).eval()
             times = latency_of({"after": self._timed(candidate)[0], "before": baseline}, 10_000, settings.seconds)
-            return ratio_of(times["after"], times["before"])
+            return floor_ratio_of(times["after"], times["before"])
 
-        length, left = nearest(share, len(self.ranking), wanted, start or len(self.ranking), _NEAR, settings.trials)
+        length, left = nearest(share, lambda k: 1 - removed(k), len(self.ranking), wanted, _NEAR, settings.trials)
         if left > wanted * 1.1:
             raise ModelError(
                 f"{self.config.ratio:.0%} of the latency of {self._name} can't be removed: "
@@ -170,7 +169,7 @@ class Plan:
         medians = {f"{name}_ms": sorted(values)[len(values) // 2] for name, values in times.items()}
         return {
             **medians,
-            "removed": 1 - ratio_of(times["after"], times["before"]),
+            "removed": 1 - floor_ratio_of(times["after"], times["before"]),
             "device": torch.cuda.get_device_name(self.x.device) if self.x.is_cuda else "cpu",
             "threads": torch.get_num_threads(),
             "form": calls["after"][1],

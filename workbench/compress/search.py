@@ -125,33 +125,49 @@ def topped_up(removed: Callable[[Mapping[int, int]], float], groups: Iterable[in
 
 
 def nearest(
-    measured: Callable[[int], float], length: int, wanted: float, start: int, tolerance: float, trials: int
+    measured: Callable[[int], float],
+    work: Callable[[int], float],
+    length: int,
+    wanted: float,
+    tolerance: float,
+    trials: int,
 ) -> tuple[int, float]:
-    """The prefix whose ``measured`` share of what is left comes nearest to ``wanted``, and that share.
+    """The prefix whose ``measured`` share of what was there comes nearest to ``wanted``, and that share.
 
-    What is measured falls with the prefix but for noise and steps, so the bracket is only a guide: the secant through the two
-    nearest points on either side, each prefix measured once.
+    Time is taken to be a line over the share of the work that is left, which is counted exactly: fitted to all that was measured,
+    what lies near ``wanted`` weighing most, it averages noise and the steps in which time falls with channels.
 
     Args:
-        start: the first guess.
+        measured: the share of the time that is left without a prefix; noisy, and dear.
+        work: the share of the work that is left.
         tolerance: relative to ``wanted``: near enough to stop.
+        trials: prefixes measured at most.
     """
-    points: dict[int, float] = {0: 1.0}
-    guess = min(max(start, 1), length)
+    shares = {0: 1.0}
+    aim = wanted
     for _ in range(trials):
-        points[guess] = measured(guess)
-        if abs(points[guess] / wanted - 1) <= tolerance:
+        guess = shortest(lambda k: 1 - work(k), length, 1 - aim)
+        guess = length if guess is None else max(guess, 1)
+        if guess in shares:  # the line leads where we have been: look on the side where the answer must be
+            side = 1 if shares[guess] > wanted else -1
+            guess = next((k for k in range(guess + side, length + 1 if side > 0 else 0, side) if k not in shares), guess)
+            if guess in shares:
+                break
+        shares[guess] = measured(guess)
+        if abs(shares[guess] / wanted - 1) <= tolerance:
             break
-        above = max((k for k, share in points.items() if share > wanted), default=0)
-        below = min((k for k, share in points.items() if share <= wanted and k > above), default=None)
-        if below is None:  # everything so far is too slow: extrapolate, twice as far as the slope says at most
-            slope = (1 - points[above]) / above if above else 0.0
-            step = (points[above] - wanted) / slope if slope > 0 else length / 2
-            guess = min(length, above + max(1, round(min(step, length / 2))))
-        else:
-            share = (points[above] - wanted) / max(points[above] - points[below], 1e-9)
-            guess = above + round(min(max(share, 0.1), 0.9) * (below - above))
-        if guess in points:
-            break
-    best = min((k for k in points if k), key=lambda k: abs(points[k] / wanted - 1))
-    return best, points[best]
+        aim = _line_at([(work(k), share) for k, share in shares.items()], wanted)
+    best = min((k for k in shares if k), key=lambda k: abs(shares[k] / wanted - 1))
+    return best, shares[best]
+
+
+def _line_at(points: Sequence[tuple[float, float]], wanted: float) -> float:
+    """The work at which the weighted least-squares line through ``points`` (work, time) takes the time ``wanted``, in (0, 1)."""
+    weights = [1 / (0.02 + abs(time - wanted)) for _, time in points]
+    total = sum(weights)
+    mean_work = sum(weight * work for weight, (work, _) in zip(weights, points, strict=True)) / total
+    mean_time = sum(weight * time for weight, (_, time) in zip(weights, points, strict=True)) / total
+    both = sum(w * (work - mean_work) * (time - mean_time) for w, (work, time) in zip(weights, points, strict=True))
+    alone = sum(w * (work - mean_work) ** 2 for w, (work, _) in zip(weights, points, strict=True))
+    slope = max(both / alone if alone else 1.0, 0.2)  # noise may turn the line over
+    return min(max(mean_work + (wanted - mean_time) / slope, 0.005), 0.995)
