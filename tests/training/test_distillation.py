@@ -208,6 +208,24 @@ def test_the_verb_takes_modules_and_leaves_them_as_they_are(config: Callable[...
     assert (stopped.path / "source" / "teacher.pkl").is_file()
 
 
+def test_a_layer_that_gives_no_tensor_is_named() -> None:
+    class Forks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused, self.two = nn.Linear(4, 3), nn.Linear(4, 3), nn.LSTM(3, 3, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.two(self.used(x)[:, None])[0].squeeze(1)
+            return found
+
+    def made(layer: str) -> Distillation:
+        return Distillation(DistillConfig(terms={"features": 1.0}, layers=(layer,)), Forks(), Forks(), torch.randn(2, 4))
+
+    with pytest.raises(ModelError, match="'unused' gives nothing: the model does not call it"):
+        made("unused")
+    assert len(made("two").layers) == 1  # the first of several outputs
+
+
 def test_the_teacher_computes_without_gradient_in_evaluation_mode() -> None:
     teacher = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.9), nn.BatchNorm1d(3))
     student = nn.Sequential(nn.Linear(4, 3)).train()

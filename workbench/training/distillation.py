@@ -203,10 +203,7 @@ def _matching(patterns: Iterable[str], known: list[str], whose: str) -> list[str
         if not matching and pattern not in found:
             close = nearest(pattern, known)
             advice = f"Did you mean {' or '.join(close)}?" if close else f"It has {', '.join(known[:8])} …"
-            raise ConfigError(
-                f"The {whose} has no layer {pattern!r}.",
-                f"{advice} A model prepared for quantization has lost its layers: distil it by soft targets.",
-            )
+            raise ConfigError(f"The {whose} has no layer {pattern!r}.", advice)
         found += matching
     return found
 
@@ -244,7 +241,8 @@ def _seen(model: nn.Module, names: list[str], x: Tensor) -> tuple[Mapping[str, T
             handle.remove()
     for name in names:
         if not isinstance(seen.get(name), Tensor):
-            raise ModelError(f"The layer {name!r} gives {type(seen.get(name)).__name__}, no tensor.", "Name another one.")
+            given = type(seen[name]).__name__ if name in seen else "nothing: the model does not call it"
+            raise ModelError(f"The layer {name!r} gives {given}, no tensor.", "Name another one, or take soft targets.")
     return seen, output
 
 
