@@ -7,6 +7,7 @@ the weights), and the most that one call holds on top.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,7 @@ def _on_cpu(call: Callable[[], Any]) -> tuple[int, int]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes of its starts and stops to the terminal
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
+        gc.collect()  # what compiling left in circles isn't kept
     changes: list[tuple[int, int]] = []
     waiting = list(profiler.profiler.kineto_results.experimental_event_tree())
     while waiting:
