@@ -102,8 +102,14 @@ def test_a_repeated_run_that_was_stopped_resumes_with_the_changes_still_to_come(
 
 def test_code_names_the_files_as_the_run_keeps_them(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     source = tmp_path / "mine.py"
-    source.write_text(Path(config().model.name.partition(":")[0]).read_text())
-    run = train(config(epochs=1, model__name=f"{source}:net")).run
+    text = Path(config().model.name.partition(":")[0]).read_text()
+    source.write_text(
+        text
+        + "\n\ndef darker(x, draw):\n    return x // 2\n"
+        + "\n\ndef size(model):\n    return sum(p.square().sum() for p in model.parameters())\n"
+    )
+    plugged = {"data__augment": (f"{source}:darker",), "penalties": {f"{source}:size": 0.1}}
+    run = train(config(epochs=1, model__name=f"{source}:net", **plugged)).run
     source.write_text("raise RuntimeError('edited since')")
     assert repeat(run, tmp_path / "again").history["loss"].equals(run.history["loss"])
 

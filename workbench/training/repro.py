@@ -8,9 +8,7 @@ from pathlib import Path
 from workbench import events
 from workbench.storage import write_atomic
 from workbench.training.config import TrainConfig
-from workbench.training.sources import kept_name
-
-_SOURCES = ("model.name", "data.name", "loss.name", "optim.name", "distill.teacher")
+from workbench.training.sources import kept_name, named
 
 
 def code(config: TrainConfig, said: Iterable[events.Event] = (), nproc: int = 1) -> str:
@@ -24,11 +22,10 @@ def code(config: TrainConfig, said: Iterable[events.Event] = (), nproc: int = 1)
             changes = [change for change in changes if change[1] != "stop"]  # it was resumed
         elif isinstance(event, events.CommandApplied) and event.name in ("set", "stop"):
             changes.append((event.step, event.name, dict(event.settings)))
-    kept = {
-        name: value
-        for name, value in config.flat().items()
-        if name in _SOURCES and (kept_name(value) != value or value.startswith("source/"))
-    }
+    kept = {name: kept_name(name) for name in named(config) if kept_name(name) != name or name.startswith("source/")}
+    settings = config.to_code()
+    for name, place in kept.items():
+        settings = settings.replace(repr(name), f'f"{{here}}/{place}"')
     lines, replay = [], f", replay={changes!r}" if changes else ""
     verb, more = ("train", "") if nproc == 1 else ("launch", f", nproc={nproc}")
     if kept:
@@ -36,9 +33,7 @@ def code(config: TrainConfig, said: Iterable[events.Event] = (), nproc: int = 1)
     lines += [f"from workbench import TrainConfig, {verb}", ""]
     if kept:
         lines += ["here = Path(__file__).resolve().parent"]
-    lines += [f"config = {config.to_code()}"]
-    lines += [f'config = config.override({{"{name}": f"{{here}}/{kept_name(value)}"}})' for name, value in kept.items()]
-    lines += [f"result = {verb}(config{more}{replay})"]
+    lines += [f"config = {settings}", f"result = {verb}(config{more}{replay})"]
     return "\n".join(lines) + "\n"
 
 

@@ -66,10 +66,7 @@ def copy_sources(config: TrainConfig, folder: Path) -> None:
     Raises:
         RunError: a file is missing, or two of one name differ.
     """
-    plugged = [*(config.data.augment or ()), *config.probes.more, *config.penalties]
-    if config.distill is not None:
-        plugged += config.distill.terms
-    for name in (config.model.name, config.data.name, config.loss.name, config.optim.name, *plugged):
+    for name in named(config):
         path = Path(name.partition(":")[0])
         if path.suffix != ".py":
             continue
@@ -79,6 +76,14 @@ def copy_sources(config: TrainConfig, folder: Path) -> None:
         if target.exists() and target.read_bytes() != path.read_bytes():
             raise RunError(f"Two different files are named {path.name}.", "Rename one of them.")
         target.write_bytes(path.read_bytes())
+
+
+def named(config: TrainConfig) -> list[str]:
+    """Every name in a config that may be a file's: of the model, the data, the loss and whatever else is plugged in."""
+    plugged = [*(config.data.augment or ()), *config.probes.more, *config.penalties]
+    if config.distill is not None:
+        plugged += [config.distill.teacher, *config.distill.terms]
+    return [config.model.name, config.data.name, config.loss.name, config.optim.name, *plugged]
 
 
 def kept_name(name: str) -> str:
