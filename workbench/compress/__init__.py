@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from workbench.compress.compilation import compiled
     from workbench.compress.distillation import DistillConfig, distill
+    from workbench.compress.gradual import GradualResult, prune_gradually
+    from workbench.compress.gradual_config import GradualConfig
     from workbench.compress.pruning import ChannelPruner, prune
     from workbench.compress.pruning_config import CRITERIA, PruneConfig
     from workbench.compress.qat import QuantAwareTraining
@@ -23,6 +25,8 @@ __all__ = [
     "CRITERIA",
     "ChannelPruner",
     "DistillConfig",
+    "GradualConfig",
+    "GradualResult",
     "PruneConfig",
     "QuantAwareTraining",
     "QuantConfig",
@@ -32,6 +36,7 @@ __all__ = [
     "compiled",
     "distill",
     "prune",
+    "prune_gradually",
     "quantize",
     "semi_structured",
     "sparsify",
@@ -49,6 +54,9 @@ _HOMES = {
     "Quantizer": "quantization",
     "compiled": "compilation",
     "quantize": "quantization",
+    "GradualConfig": "gradual_config",
+    "GradualResult": "gradual",
+    "prune_gradually": "gradual",
     "SparsityConfig": "sparsity_config",
     "bake_masks": "sparsity",
     "semi_structured": "sparsity",

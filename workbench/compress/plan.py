@@ -28,6 +28,10 @@ _NEAR = 0.03
 """Of the wanted latency: a candidate this near ends the search; what is left covers the noise of measuring again."""
 
 
+_LANDS = 0.1
+"""Of the wanted latency: farther from it, the search has failed or a remark says so."""
+
+
 class Plan:
     """A model with its coupled groups ranked, from which prefixes can be cut.
 
@@ -92,8 +96,7 @@ class Plan:
                 cuts, share = self.ranking.cuts(length - 1, steps), finer
         if wanted and share > wanted + _WITHIN:
             cause = "ratios alone remove so much" if length == 0 else "what goes at once is larger than that"
-            self.remarks.append(f"{share:.1%} of the {self.config.target} went, for {wanted:.1%}: {cause}.")
-            warnings.warn(self.remarks[-1], stacklevel=3)
+            self._remark(f"{share:.1%} of the {self.config.target} went, for {wanted:.1%}: {cause}.")
         return cuts, {"removed": share}
 
     def apply(self, cuts: Cuts, found: dict[str, Any]) -> nn.Module:
@@ -117,6 +120,8 @@ class Plan:
         if self.config.target == "latency":
             record["latency"] = self._measured_latency(pruned)
             record["removed"] = record["latency"]["removed"]
+            if abs((1 - record["removed"]) / (1 - self.config.ratio) - 1) > _LANDS:
+                self._remark(f"Timed again, {record['removed']:.1%} of the latency went, for {self.config.ratio:.1%}.")
         record |= {"layers": layers, "whole": self.whole, "remarks": self.remarks}
         pruned.structure = structure_of(self.model).then(record)  # type: ignore[assignment]
         return pruned
@@ -152,14 +157,12 @@ class Plan:
             return floor_ratio_of(times["after"], times["before"])
 
         length, left = nearest(share, lambda k: 1 - removed(k), len(self.ranking), wanted, _NEAR, settings.trials)
-        if left > wanted * 1.1:
+        if left > wanted * (1 + _LANDS):
             raise ModelError(
                 f"{self.config.ratio:.0%} of the latency of {self._name} can't be removed: "
                 f"at most {1 - left:.1%}{self._because()}.",
                 "Ask for less, set round_to='auto', or time a larger batch: the rest isn't spent in channels.",
             )
-        if abs(left / wanted - 1) > _NEAR:
-            self.remarks.append(f"The nearest of {settings.trials} candidates took {left:.1%} of the time, for {wanted:.1%}.")
         return self.ranking.cuts(length), {}
 
     def _measured_latency(self, pruned: nn.Module) -> dict[str, Any]:
@@ -185,6 +188,10 @@ class Plan:
         return timed_call(model, x, settings.form, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
 
     # Words ---------------------------------------------------------------------------------------------------------------
+
+    def _remark(self, text: str) -> None:
+        self.remarks.append(text)
+        warnings.warn(text, stacklevel=4)
 
     @property
     def _name(self) -> str:

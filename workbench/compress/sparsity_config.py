@@ -21,7 +21,7 @@ class SparsityConfig(Config):
     )
     ignored: list[str] = Field(
         default_factory=list,
-        description="Layers that stay dense, as names or patterns, e.g. 'head*'. Layers whose inputs don't divide stay dense too.",
+        description="Layers that stay dense, as names or patterns, e.g. 'head*'. Those whose inputs don't divide do too.",
         json_schema_extra=hint(advanced=True),
     )
 

@@ -1,0 +1,93 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workbench import TrainConfig, train
+from workbench.artefact import load_model, save_model
+from workbench.compress import GradualConfig, gradual, prune_gradually
+from workbench.errors import ConfigError
+from workbench.models import ModelConfig, build_model
+from workbench.models.structure import count_parameters
+
+TUNE = TrainConfig(
+    data={"name": "digits", "limit": 256, "batch_size": 64}, epochs=1, optim={"name": "sgd", "lr": 0.05}, device="cpu"
+)
+X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def _model():
+    torch.manual_seed(0)
+    return build_model(ModelConfig(name="resnet20", num_classes=10, in_channels=1, args={"width": 8}))
+
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cubic", "geometric"])
+@given(ratio=st.floats(0.01, 0.95), steps=st.integers(1, 12))
+def test_a_schedule_rises_to_the_whole(schedule, ratio, steps):
+    config = GradualConfig(ratio=ratio, steps=steps, schedule=schedule)
+    progress = [config.progress(step) for step in range(steps + 1)]
+    assert progress == sorted(progress)
+    assert progress[0] == pytest.approx(0, abs=1e-9) and progress[-1] == pytest.approx(1)
+    left = [1 - ratio * done for done in progress]
+    parts = {  # each schedule by its definition
+        "linear": [a - b for a, b in zip(left, left[1:], strict=False)],
+        "geometric": [b / a for a, b in zip(left, left[1:], strict=False)],
+        "cubic": [((1 - done) ** (1 / 3) if done < 1 else 0) + step / steps for step, done in enumerate(progress)],
+    }[schedule]
+    assert parts == pytest.approx([parts[0]] * len(parts), abs=1e-4)
+
+
+def test_steps_reach_the_ratio_train_between_and_leave_one_chain(tmp_path):
+    model = _model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = prune_gradually(model, GradualConfig(ratio=0.5, steps=3), TUNE, X, folder=tmp_path / "g")
+    assert 0.5 <= 1 - count_parameters(result.model) / count_parameters(model) <= 0.51
+    records = result.model.structure.transforms
+    assert [record["kind"] for record in records] == ["prune"] * 3
+    for earlier, later in zip(records, records[1:], strict=False):
+        assert earlier["after"] == later["before"]
+    frame = result.frame()
+    assert frame["removed"].tolist() == pytest.approx([1 / 6, 1 / 3, 1 / 2], abs=0.011)
+    assert frame["accuracy"].notna().all() and len(result.runs) == 3
+    save_model(result.model, tmp_path / "final")
+    assert torch.equal(load_model(tmp_path / "final")(X), result.model(X))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_killed_one_goes_on_after_the_last_whole_step(tmp_path, monkeypatch):
+    model, config = _model(), GradualConfig(ratio=0.4, steps=3)
+    whole = prune_gradually(model, config, TUNE, X, folder=tmp_path / "whole")
+    trained = []
+
+    def dies(*arguments, **keywords):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(1)
+        return train(*arguments, **keywords)
+
+    monkeypatch.setattr(gradual, "train", dies)
+    with pytest.raises(KeyboardInterrupt):
+        prune_gradually(model, config, TUNE, X, folder=tmp_path / "killed")
+    monkeypatch.setattr(gradual, "train", train)
+    resumed = prune_gradually(model, config, TUNE, X, folder=tmp_path / "killed")
+    assert torch.equal(resumed.model(X), whole.model(X))
+    assert len(resumed.runs) == 3
+    assert prune_gradually(model, config, TUNE, X, folder=tmp_path / "killed").frame().equals(resumed.frame())
+    with pytest.raises(ConfigError, match="other settings \\(prune\\)"):
+        prune_gradually(model, GradualConfig(ratio=0.3), TUNE, X, folder=tmp_path / "killed")
+
+
+def test_sparse_training_fades_the_scales_that_bn_scale_prunes_by(tmp_path):
+    config = TUNE.override({"epochs": 4, "penalties": {"slimming": 0.1}})
+    slim, plain = (train(c, model=_model(), root=tmp_path).model for c in (config, config.override({"penalties": {}})))
+
+    def scale(model):
+        scales = [m.weight.detach().abs() for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        return torch.cat(scales).mean()
+
+    assert scale(slim) < scale(plain) - 0.05  # 16 steps of 0.05 × 0.1
+    result = prune_gradually(slim, GradualConfig(ratio=0.3, steps=1, criterion="bn_scale"), TUNE, X)
+    assert count_parameters(result.model) <= 0.7 * count_parameters(slim)
