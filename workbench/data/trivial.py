@@ -74,8 +74,8 @@ def _gray(images: Tensor) -> Tensor:
     """Luma (ITU-R BT.601) of colour images, on every channel; images of another number of channels as they are."""
     if images.shape[1] != 3:
         return images
-    weights = torch.tensor([0.2989, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)
-    return (images * weights).sum(1, keepdim=True).floor().expand_as(images)
+    red, green, blue = images.unbind(1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue).floor()[:, None].expand_as(images)
 
 
 def _smooth(images: Tensor) -> Tensor:
