@@ -21,9 +21,6 @@ def _model():
     return build_model(ModelConfig(name="resnet20", num_classes=10, in_channels=1, args={"width": 8}))
 
 
-pytestmark = pytest.mark.slow
-
-
 @pytest.mark.parametrize("schedule", ["linear", "cubic", "geometric"])
 @given(ratio=st.floats(0.01, 0.95), steps=st.integers(1, 12))
 def test_a_schedule_rises_to_the_whole(schedule, ratio, steps):

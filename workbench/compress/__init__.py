@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from workbench.compress.quantization_config import QuantConfig
     from workbench.compress.sparsity import bake_masks, semi_structured, sparsify
     from workbench.compress.sparsity_config import SparsityConfig
+    from workbench.compress.sweep import Sensitivity, sensitivity
 
 __all__ = [
     "CRITERIA",
@@ -31,6 +32,7 @@ __all__ = [
     "QuantAwareTraining",
     "QuantConfig",
     "Quantizer",
+    "Sensitivity",
     "SparsityConfig",
     "bake_masks",
     "compiled",
@@ -39,6 +41,7 @@ __all__ = [
     "prune_gradually",
     "quantize",
     "semi_structured",
+    "sensitivity",
     "sparsify",
 ]
 
@@ -57,6 +60,8 @@ _HOMES = {
     "GradualConfig": "gradual_config",
     "GradualResult": "gradual",
     "prune_gradually": "gradual",
+    "Sensitivity": "sweep",
+    "sensitivity": "sweep",
     "SparsityConfig": "sparsity_config",
     "bake_masks": "sparsity",
     "semi_structured": "sparsity",
