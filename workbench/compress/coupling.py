@@ -48,7 +48,7 @@ class Group:
     """Groups of one scope have the same layers in the same order, so that their scores compare (Fang et al., "Isomorphic
     Pruning", ECCV 2024)."""
     layers: tuple[str, ...]
-    """Layers whose outputs are cut."""
+    """Layers whose outputs are cut, in the model's order."""
     step: int = 1
     """Units that go at once so that the channel counts stay multiples of ``round_to``."""
     members: Any = field(default=None, repr=False, compare=False)
@@ -84,11 +84,13 @@ class Couplings:
         self.whole: dict[str, str] = {}
         with explained(model):
             self._graph = _trace(self.model, x)
-            candidates = list(self._candidates(set(ignored), round_to))
+            order = list(self.names.values())
+            candidates = sorted(self._candidates(set(ignored), round_to), key=lambda group: order.index(group.layers[0]))
         self.groups = self._sound(candidates)
 
     def _candidates(self, ignored: set[str], round_to: int) -> Iterator[Group]:
         graph, heads = self._graph, attention_heads(self.model)
+        places = {name: place for place, name in enumerate(self.names.values())}
         visited: set[nn.Module] = set()
         for module in list(graph.module2node):
             if not isinstance(module, _ROOTS) or module in visited:
@@ -98,7 +100,7 @@ class Couplings:
             made = [(dep, idxs) for dep, idxs in members if graph.is_out_channel_pruning_fn(dep.handler)]
             outs = [dep.target.module for dep, _ in made if isinstance(dep.target.module, nn.Module)]
             visited |= {dep.target.module for dep, idxs in made if len(idxs) == _width(graph, dep)}
-            layers = tuple(dict.fromkeys(self.names[layer] for layer in outs if layer in self.names))
+            layers = tuple(sorted({self.names[layer] for layer in outs if layer in self.names}, key=places.__getitem__))
             name = layers[0]
             if any(not dep.target.outputs and graph.is_out_channel_pruning_fn(dep.handler) for dep, _ in members):
                 self.whole[name] = "its channels are outputs of the model"
