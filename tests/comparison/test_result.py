@@ -21,6 +21,7 @@ from workbench.comparison import Comparison, paired_difference
 from workbench.comparison.drawing import small_multiples
 from workbench.comparison.measure import _rebatched
 from workbench.comparison.result import Flag, Latency, on_frontier
+from workbench.compress.compilation import has_compiler
 from workbench.compress.cost import count_macs
 from workbench.errors import ConfigError, DeviceError
 
@@ -145,6 +146,18 @@ def test_batches_are_cut_anew_and_nothing_is_lost(sizes: list[int], size: int) -
     made = list(_rebatched(batches[0], batches[1:], size))
     assert torch.equal(torch.cat([x for x, _ in made]), x) and torch.equal(torch.cat([y for _, y in made]), x.long().flatten())
     assert all(len(x) == size for x, _ in made[:-1]) and 1 <= len(made[-1][0]) <= size
+
+
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+def test_what_does_not_compile_is_measured_as_it_is() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    data = [(torch.rand(8, 3), torch.zeros(8, dtype=torch.int64))]
+    result = compare({"branching": Branching()}, data, QUICK.override({"compile": True}))
+    assert [row.form for row in result.measurements] == ["eager fp32"]
+    assert any(note.startswith("branching isn't compiled: ") and "one graph" in note for note in result.notes)
 
 
 def test_settings_are_checked() -> None:

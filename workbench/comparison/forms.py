@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from workbench.artefact import load_model, read_structure, save_model, size_on_disk
 from workbench.comparison.config import CompareConfig
-from workbench.compress.compilation import compiled, has_compiler
+from workbench.compress.compilation import compiled, first_line, has_compiler
 from workbench.compress.cost import count_macs
-from workbench.errors import DeviceError
+from workbench.compress.gpu import ReducedModel
+from workbench.errors import ConfigError, DeviceError
 from workbench.models.structure import Structure, structure_of
 
 BF16 = "compiled bf16"
@@ -50,6 +51,11 @@ class Variant:
             return "fp32"
         return "fp8" if settings.get("mode") == "fp8" else f"int{settings.get('weight_bit', 8)}"
 
+    @property
+    def backend(self) -> str:
+        """What it was quantized for; "" for a float model, which runs anywhere."""
+        return str((self.quantized or {}).get("backend", "cpu")) if self.quantized is not None else ""
+
 
 @dataclass
 class Form:
@@ -79,12 +85,12 @@ def load(variant: Any, folder: Path) -> Variant:
     """A variant from a model, a run, or the folder of either; a model is saved in ``folder``, to see what it takes."""
     if isinstance(variant, nn.Module):
         model, saved = variant, save_model(variant, folder, weights_only=True)
-        structure = structure_of(model)
     else:
         saved = Path(getattr(variant, "path", variant))
-        model = load_model(saved)
-        structure = structure_of(model)
-    return Variant(model, structure, saved, read_structure(saved)["parameters"], size_on_disk(saved))
+        steps = read_structure(saved)["transforms"]
+        on_gpu = any(step["kind"] == "quantize" and step["config"].get("backend") == "cuda" for step in steps)
+        model = load_model(saved, "cuda" if on_gpu else "cpu")
+    return Variant(model, structure_of(model), saved, read_structure(saved)["parameters"], size_on_disk(saved))
 
 
 def device_for(loaded: Mapping[str, Variant], config: CompareConfig) -> torch.device:
@@ -92,30 +98,73 @@ def device_for(loaded: Mapping[str, Variant], config: CompareConfig) -> torch.de
 
     Raises:
         DeviceError: CUDA is asked for, and not there.
+        ConfigError: a variant was quantized for another device.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("device='cuda', and no CUDA device is there.", "Compare with device='cpu'.")
-    on_gpu = all(_device(variant.model).type == "cuda" for variant in loaded.values())
-    return torch.device("cuda" if config.device == "cuda" or (config.device == "auto" and on_gpu) else "cpu")
+    there = [_device(variant.model).type == "cuda" for variant in loaded.values()]
+    for_gpu = [name for name, variant in loaded.items() if variant.backend == "cuda"]
+    chosen = config.device if config.device != "auto" else "cuda" if for_gpu or all(there) else "cpu"
+    for name, variant in loaded.items():
+        if variant.backend and (variant.backend == "cuda") != (chosen == "cuda"):
+            made_for = "GPUs" if variant.backend == "cuda" else "CPUs"
+            raise ConfigError(
+                f"{name!r} was quantized for {made_for} (backend={variant.backend!r}), and this measures on {chosen}.",
+                "Compare variants for one device at a time.",
+            )
+    return torch.device(chosen)
 
 
 def forms_of(loaded: Mapping[str, Variant], config: CompareConfig, device: torch.device) -> Iterator[Form]:
-    """The forms to measure: quantized variants as deployed, float ones in every form that they could be deployed in."""
+    """The forms to measure: quantized variants as deployed, float ones in every form that they could be deployed in.
+
+    On GPUs, deployed means compiled in bfloat16.
+    """
     compiling = config.compile and has_compiler()
     for name, variant in loaded.items():
+        if variant.backend not in ("", "cpu", "cuda"):  # it brings a runtime of its own
+            yield Form(name, f"{variant.backend} {variant.number}", "compiled", _Plain(variant.model), variant.model)
+            continue
         model = copy.deepcopy(variant.model).to(device).eval()
-        number, quantized = variant.number, variant.quantized is not None
-        if not (quantized and compiling):
-            yield Form(name, f"eager {number}", "eager", _Plain(model), model)
-        if compiling and device.type == "cpu":
-            yield Form(name, f"compiled {number}", "compiled", compiled(model), model)
-            if config.bf16 and not quantized:
-                yield Form(name, BF16, "compiled", compiled(model, torch.bfloat16), model, rival=True)
+        if not (variant.backend and compiling):
+            yield _eager(name, variant.number, model)
+        if compiling and device.type == "cuda" and not variant.backend and config.bf16:
+            reduced = ReducedModel(copy.deepcopy(model))
+            yield Form(name, BF16, "compiled", compiled(reduced), reduced)
         elif compiling:
-            lower = config.bf16 and not quantized
-            cast = copy.deepcopy(model).to(torch.bfloat16) if lower else model
-            call = _Plain(torch.compile(cast, dynamic=False), _number_type(cast))  # GPUs are deployed in bf16, never in fp32
-            yield Form(name, BF16 if lower else f"compiled {number}", "compiled", call, cast)
+            yield Form(name, f"compiled {variant.number}", "compiled", compiled(model), model)
+            if config.bf16 and not variant.backend:
+                yield Form(name, BF16, "compiled", compiled(model, torch.bfloat16), model, rival=True)
+
+
+def first_calls(
+    forms: Iterable[Form], loaded: Mapping[str, Variant], call: Callable[[Form], int | None]
+) -> tuple[list[Form], list[int | None], list[str]]:
+    """Call every form once, which compiles it: (forms that run, what the calls gave, notes on those that don't compile).
+
+    A form that can't be compiled is left out, or run as it is if the variant has no other.
+    """
+    usable: list[Form] = []
+    given: list[int | None] = []
+    notes: dict[str, str] = {}
+    for form in forms:
+        try:
+            result = call(form)
+        except Exception as error:  # a compiler fails in many ways, and the variant can be judged without it
+            if not form.name.startswith("compiled"):
+                raise
+            notes.setdefault(form.variant, f"{form.variant} isn't compiled: {first_line(error)}")
+            if any(other.variant == form.variant for other in usable):
+                continue
+            form = _eager(form.variant, loaded[form.variant].number, form.model)
+            result = call(form)
+        usable.append(form)
+        given.append(result)
+    return usable, given, list(notes.values())
+
+
+def _eager(variant: str, number: str, model: nn.Module) -> Form:
+    return Form(variant, f"eager {number}", "eager", _Plain(model), model)
 
 
 def origins(loaded: Mapping[str, Variant]) -> dict[str, str]:
@@ -187,21 +236,17 @@ def tensor_bytes(model: nn.Module) -> int:
 
 
 class _Plain:
-    """A model as a function of one input, without gradients; floating-point inputs in the model's own numbers."""
+    """A model as a function of one input, without gradients."""
 
-    def __init__(self, model: Callable[[Tensor], Any], dtype: torch.dtype | None = None) -> None:
-        self.model, self.dtype = model, dtype
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
 
     def __call__(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            output: Tensor = self.model(x.to(self.dtype) if self.dtype is not None and x.is_floating_point() else x)
+            output: Tensor = self.model(x)
         return output
 
 
 def _device(model: nn.Module) -> torch.device:
     tensors = (t for t in model.state_dict().values() if isinstance(t, Tensor))
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-
-def _number_type(model: nn.Module) -> torch.dtype | None:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)

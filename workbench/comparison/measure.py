@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from workbench.comparison.advice import flags_of
 from workbench.comparison.config import CompareConfig
-from workbench.comparison.forms import Form, Score, count_all_macs, device_for, forms_of, load
+from workbench.comparison.forms import Form, Score, count_all_macs, device_for, first_calls, forms_of, load
 from workbench.comparison.memory import peak_bytes
 from workbench.comparison.moved import moved_attributions
 from workbench.comparison.reload import Reload
 from workbench.comparison.result import Comparison, Moved
 from workbench.comparison.rows import class_changes, measurements
+from workbench.compress.compilation import has_compiler
 from workbench.compress.latency import latency_of
 from workbench.data.cards import card_names, read_card
 from workbench.errors import ConfigError, DataError, ModelError
@@ -70,24 +71,24 @@ def compare(
         device = device_for(loaded, config)
         inputs = {size: _of_size(first[0], size).to(device) for size in config.batch_sizes}
         widest = inputs[config.batch_sizes[-1]]
-        forms = list(forms_of(loaded, config, device))
         checked = loaded if config.reload else {}
         with closing(Reload(checked, first[0], Path(folder, "reload"))) as reload:
-            memory = [peak_bytes(form, widest) if config.memory else None for form in forms]
+            made = forms_of(loaded, config, device)
+            forms, memory, notes = first_calls(made, loaded, lambda form: _first_call(form, widest, config))
             seen = _scored(forms, _rebatched(first, batches, len(widest)), len(widest), config.attributions, device)
             reloaded = dict.fromkeys(loaded, "not checked") | reload.result()
         count_all_macs(loaded, first[0])
         latencies = _latencies(forms, inputs, config)
         moved: list[Moved] = []
-        notes: list[str] = []
         if config.attributions:
             x, y = (torch.stack(part) for part in zip(*seen.drawn.values(), strict=True))
-            moved, notes = moved_attributions(loaded, forms, x.to(device), y, list(seen.drawn), config)
+            moved, unexplained = moved_attributions(loaded, forms, x.to(device), y, list(seen.drawn), config)
+            notes += unexplained
         conditions = _conditions(device, config, len(seen.labels), len(latencies[0][0]))
     rows = measurements(loaded, forms, seen.scores, latencies, memory, reloaded, moved, config.batch_sizes)
     flags = flags_of(loaded, forms, seen.scores, latencies, rows)
     rows = [row.with_flags(flags) for row in rows]
-    notes += _busy(conditions)
+    notes += _busy(conditions) + _uncompiled(config)
     return Comparison(
         measurements=rows,
         flags=flags,
@@ -197,6 +198,14 @@ def _draw(seen: _Seen, x: Tensor, y: Tensor, draws: int, chance: random.Random) 
                 seen.drawn[position] = x[index], y[index]
 
 
+def _first_call(form: Form, x: Tensor, config: CompareConfig) -> int | None:
+    """The form's peak memory, if it is wanted."""
+    if config.memory:
+        return peak_bytes(form, x)
+    form.call(x)
+    return None
+
+
 # Time -------------------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +251,12 @@ def _busy(conditions: Mapping[str, Any]) -> list[str]:
         f"Others kept this machine busy (load {conditions['load']:.1f} on {os.cpu_count()} cores): "
         "ratios hold better than milliseconds; measure again when it is quiet."
     ]
+
+
+def _uncompiled(config: CompareConfig) -> list[str]:
+    if not config.compile or has_compiler():
+        return []
+    return ["Nothing was compiled, and INT8 was simulated: no C++ compiler was found. Install g++, or set CXX."]
 
 
 def _cpu() -> str:
