@@ -70,20 +70,22 @@ class _Compiled(nn.Module):
         self.structure = structure_of(model)
         self.training = False
         self.cuda_device = any(tensor.is_cuda for tensor in self.model.state_dict().values())
-        self._options = self._inductor_options(tune)
+        quantized = any(transform["kind"] == "quantize" for transform in self.structure.transforms)
+        self._options = self._inductor_options(quantized)
+        options: dict[str, Any] = {"guard_filter_fn": _only_inputs, "max_autotune": tune}
+        if self.cuda_device:
+            options["triton.cudagraphs"] = True
         # Left to itself, a second batch size would get one kernel for all sizes, which is slower. In a tuple: a compiled module
         # set as an attribute would be a submodule, and its weights would count twice.
-        mode = ("max-autotune" if tune else "reduce-overhead") if self.cuda_device else None
-        self._call = (torch.compile(self.model, dynamic=False, fullgraph=True, mode=mode),)
+        self._call = (torch.compile(self.model, dynamic=False, fullgraph=True, options=options),)
         self._seen: set[tuple[Any, ...]] = set()
 
-    def _inductor_options(self, tune: bool) -> dict[str, Any]:
+    def _inductor_options(self, quantized: bool) -> dict[str, Any]:
         """Settings that tracing reads too, so that they can't be options of torch.compile."""
         if self.cuda_device:
             return {"force_fuse_int_mm_with_mul": True}
-        quantized = any(transform["kind"] == "quantize" for transform in self.structure.transforms)
         # Calling twenty or fifty INT8 kernels from Python costs as much as a few of them take.
-        return {"freezing": True, "cpp_wrapper": quantized, "max_autotune": tune}
+        return {"freezing": True, "cpp_wrapper": quantized}
 
     def forward(self, x: torch.Tensor) -> Any:
         key = (x.shape, x.dtype, x.stride())
@@ -119,6 +121,11 @@ class _Compiled(nn.Module):
                     f"{type(self.model).__name__} can't be compiled as one graph{where(error)}: {first_line(error)}",
                     "Rewrite that line without branches on tensor values (torch.where, torch.cond), or run the model as it is.",
                 ) from error
+
+
+def _only_inputs(guards: Any) -> list[bool]:
+    """Of all that could change between two calls, only the input does: the model is a copy of ours."""
+    return [g.guard_type == "TENSOR_MATCH" and not g.orig_guard.source.is_unspecialized_nn_module() for g in guards]
 
 
 def where(error: BaseException) -> str:

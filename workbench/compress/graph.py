@@ -108,7 +108,7 @@ def calibrate(prepared: GraphModule, batches: list[Tensor]) -> None:
             prepared(batch)
         for module in prepared.modules():
             if hasattr(module, "count") and hasattr(module, "extremes"):
-                module.count()
+                cast(Any, module).count()
         for batch in batches:
             prepared(batch)
 

@@ -71,7 +71,7 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, data: Any = No
             trained becomes INT8 with the ranges that it learned.
         config: by default static, 8 bits for weights and activations.
         data: calibration samples, typical of what the model will see: a tensor (N, ...), or an iterable of such tensors or
-            of (x, y) batches. Needed in static mode; the other modes take none.
+            of (x, y) batches. Needed in static mode; elsewhere, onnxruntime and openvino export with it, and others take none.
 
     Raises:
         ModelError: the model can't be exported (the message names the line), or has nothing to quantize.
@@ -98,7 +98,8 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, data: Any = No
         )
     if any(transform["kind"] == "quantize" for transform in structure_of(model).transforms):
         raise ModelError("This model is quantized already.", "Quantize the model that it came from.")
-    batches = list(calibration_batches(data, config.calibration_samples)) if config.mode == "static" else []
+    wanted = config.mode == "static" or config.backend in ("onnxruntime", "openvino")
+    batches = list(calibration_batches(data, config.calibration_samples)) if wanted else []
     if config.mode == "static" and not batches:
         raise DataError(
             "Static quantization needs samples to take activation ranges from, and got none.",

@@ -12,6 +12,7 @@ from workbench.registry import Registry
 OBSERVERS = Registry(
     "observer",
     {
+        "auto": "workbench.compress.observers:least_squares",
         "minmax": "workbench.compress.observers:minmax",
         "moving_average": "workbench.compress.observers:moving_average",
         "percentile": "workbench.compress.observers:percentile",
@@ -58,9 +59,10 @@ class QuantConfig(Config):
         "channel", description="One scale for each output channel of a weight, or one for the whole weight."
     )
     observer: str = Field(
-        "histogram",
+        "auto",
         description="How an activation's range is taken (static): minmax, a moving_average of it over batches, a percentile, or "
-        "the range of least squared error (histogram) or least divergence (entropy).",
+        "the range of least squared error (histogram) or least divergence (entropy); auto is histogram, and on other backends "
+        "what they prefer.",
         json_schema_extra=hint(choices="observers"),
     )
     percentile: float = Field(
@@ -93,9 +95,9 @@ class QuantConfig(Config):
                 f"backend={self.backend!r} has no mode={self.mode!r}: it has {', '.join(BACKENDS[self.backend])}; "
                 f"{self.mode} runs on {' or '.join(able)}"
             )
-        if self.activation_bit != 8 and (self.mode not in ("static", "qat") or self.backend not in ("cpu", "onnxruntime")):
+        if self.activation_bit != 8 and (self.mode not in ("static", "qat") or self.backend != "cpu"):
             raise ValueError(
-                f"activation_bit={self.activation_bit} is for mode='static' or 'qat' on CPUs; "
+                f"activation_bit={self.activation_bit} is for mode='static' or 'qat' with backend='cpu'; "
                 f"activations of mode={self.mode!r} with backend={self.backend!r} have 8 bits"
             )
         if self.weight_bit == 4 and (self.mode, self.backend) != ("weight_only", "cuda"):
