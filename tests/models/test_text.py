@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from workbench import TrainConfig, train
+from workbench.data import Arrays, Splits
 from workbench.models import ModelConfig, build_model
 from workbench.models.text import BertClassifier
 
@@ -56,6 +58,20 @@ def test_the_lstm_takes_series_of_numbers() -> None:
     x = torch.randn(4, 9, 5)
     assert model(x).shape == (4, 3)
     torch.testing.assert_close(model(x[:1]), model(x)[:1])
+
+
+def test_a_run_fits_the_lstm_to_its_series() -> None:
+    """The sign of the sum of one of 3 numbers at each of 6 places."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 6, 3)
+    y = (x[:, :, 0].sum(1) > 0).long()
+    config = TrainConfig(
+        data={"batch_size": 32}, model={"name": "lstm", "args": {"width": 16}}, optim={"lr": 0.02}, epochs=8, device="cpu"
+    )
+    result = train(config, data=Splits(Arrays(x[:192], y[:192]), Arrays(x[192:], y[192:])))
+    assert result.metrics["accuracy"] > 0.8
+    with torch.no_grad():
+        assert torch.equal(result.run.load_model()(x), result.model(x))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 from workbench.errors import RunError
 from workbench.registry import load_object
 from workbench.run import Replay
-from workbench.storage import dump_object, write_atomic
+from workbench.storage import check_owner, dump_object, write_atomic
 from workbench.training.config import TrainConfig
 
 MODEL, MODEL_OBJECT, DATA_OBJECT = "source/model", "source/model.pkl", "source/data.pkl"
@@ -37,13 +37,14 @@ def keep_teacher(name: str, folder: Path) -> None:
         name: a folder with a model, or a pickled module.
 
     Raises:
-        RunError: there is no such folder or file.
+        RunError: there is no such folder or file, or the file is another user's.
         ArtefactError: it holds no model.
     """
     path, kept = Path(name), folder / teacher_name(name)
     if not (path.is_file() if path.suffix == ".pkl" else name and path.is_dir()):
         raise RunError(f"distill.teacher={name!r} is not there.", "Give the folder of a saved model or of a finished run.")
     if path.suffix == ".pkl":
+        check_owner(path)  # the copy will be this user's
         write_atomic(kept, path.read_bytes())
     else:
         load_object("workbench.artefact:save_model")(load_object("workbench.artefact:load_model")(path), kept)
