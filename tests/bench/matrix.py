@@ -134,8 +134,8 @@ def check(name: str, size: int, folder: Path) -> Iterator[Row]:
         ("prune 30 %", "original", pruned),
         ("INT8", "original", lambda: int8("original", "int8")),
         ("prune → INT8", "pruned", lambda: int8("pruned", "pruned int8")),
-        *((f"export {key}", key, lambda key=key: exported(key)) for key in ("original", "pruned", "int8", "pruned int8")),  # type: ignore[misc]
-        *((f"reload {key}", key, lambda key=key: saved(key)) for key in ("pruned", "int8", "pruned int8")),  # type: ignore[misc]
+        *((f"export {key}", key, lambda key=key: exported(key)) for key in ("original", "pruned", "int8", "pruned int8")),
+        *((f"reload {key}", key, lambda key=key: saved(key)) for key in ("pruned", "int8", "pruned int8")),
     ]
     for step, needs, act in steps:
         if needs not in made:

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from workbench.compress.pruning_config import CRITERIA
 from workbench.compress.recurrent import RECURRENT, directions
-from workbench.errors import ConfigError, DataError, ModelError
+from workbench.errors import ConfigError, DataError
 
 _CONV = nn.modules.conv._ConvNd
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
+_STEPS = 16
+"""Of the integral of conductance (Gauss-Legendre)."""
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -146,19 +148,19 @@ def _recurrent_rows(layer: nn.RNNBase, is_out: bool, value: Callable[[Tensor], T
     return torch.cat([torch.cat([units(f"weight_ih_l{last}{end}"), units(f"weight_hh_l{last}{end}")], 1) for end in ends])
 
 
-def merged(group: Any, scores: Iterable[tuple[Rows, Tensor]], mean: bool = True) -> Tensor | None:
+def merged(group: Any, scores: Iterable[tuple[list[int], Tensor]], mean: bool = True) -> Tensor | None:
     """One score a channel: the mean over layers of what each says, relative to the group's mean so that groups compare.
 
     Args:
-        scores: (rows, one score a row).
+        scores: by layer, the group's channels and a score each.
         mean: divide by the group's mean.
     """
     total: Tensor | None = None
     count = 0
-    for rows, score in scores:
+    for roots, score in scores:
         if total is None:
             total = score.new_zeros(len(group[0].idxs))
-        total = total.index_add(0, torch.tensor(rows.roots, device=score.device), score.to(total.dtype))
+        total = total.index_add(0, torch.tensor(roots, device=score.device), score.to(total.dtype))
         count += 1
     if total is None:
         return None
@@ -171,12 +173,12 @@ def merged(group: Any, scores: Iterable[tuple[Rows, Tensor]], mean: bool = True)
 
 def l1(group: Any) -> Tensor | None:
     """Sum of absolute weights (Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017)."""
-    return merged(group, ((rows, rows.values.abs().sum(1)) for rows in channel_rows(group)))
+    return merged(group, ((rows.roots, rows.values.abs().sum(1)) for rows in channel_rows(group)))
 
 
 def l2(group: Any) -> Tensor | None:
     """Sum of squared weights."""
-    return merged(group, ((rows, rows.values.square().sum(1)) for rows in channel_rows(group)))
+    return merged(group, ((rows.roots, rows.values.square().sum(1)) for rows in channel_rows(group)))
 
 
 def bn_scale(group: Any) -> Tensor | None:
@@ -185,7 +187,7 @@ def bn_scale(group: Any) -> Tensor | None:
     The scales of a scope's groups compare as they are: training with ``penalties={"slimming": 1e-4}`` first drives some to zero.
     """
     norms = (rows for rows in channel_rows(group) if isinstance(rows.layer, nn.modules.batchnorm._BatchNorm))
-    return merged(group, ((rows, rows.values.abs().sum(1)) for rows in norms), mean=False)
+    return merged(group, ((rows.roots, rows.values.abs().sum(1)) for rows in norms), mean=False)
 
 
 def taylor(group: Any, evidence: Evidence) -> Tensor | None:
@@ -194,14 +196,14 @@ def taylor(group: Any, evidence: Evidence) -> Tensor | None:
     def change(parameter: Tensor) -> Tensor:
         return (parameter * evidence.gradients[parameter]).detach()
 
-    return merged(group, ((rows, rows.values.abs().sum(1)) for rows in channel_rows(group, change)), mean=False)
+    return merged(group, ((rows.roots, rows.values.abs().sum(1)) for rows in channel_rows(group, change)), mean=False)
 
 
 def fpgm(group: Any) -> Tensor | None:
     """Sum of distances to the other channels: those near the geometric median can be replaced by the others (He et al., "Filter
     Pruning via Geometric Median", CVPR 2019, equation 8)."""
     layers = (rows for rows in channel_rows(group) if not isinstance(rows.layer, _NORMS))
-    return merged(group, ((rows, torch.cdist(rows.values, rows.values).sum(1)) for rows in layers))
+    return merged(group, ((rows.roots, torch.cdist(rows.values, rows.values).sum(1)) for rows in layers))
 
 
 def lamp(group: Any) -> Tensor | None:
@@ -224,34 +226,39 @@ def attribution(group: Any, evidence: Evidence) -> Tensor | None:
     """Mean absolute conductance of a channel for the target class (Dhamdhere et al., "How Important Is a Neuron?", ICLR 2019),
     by Captum; of models of token ids, gradient × activation."""
 
-    def scored() -> Iterator[tuple[Rows, Tensor]]:
-        for rows in channel_rows(group):
-            depthwise = isinstance(rows.layer, _CONV) and rows.layer.groups > 1
-            if rows.is_out and isinstance(rows.layer, _CONV | nn.Linear) and not depthwise:
-                yield rows, _conductance(rows.layer, evidence)[rows.channels]
+    makers: list[tuple[Any, Any]] = []
+    readers: list[tuple[Any, Any]] = []
+    for item in group.items:
+        layer, is_out = item.dep.target.module, "out" in item.dep.handler.__name__
+        if isinstance(layer, _CONV | nn.Linear | nn.Embedding) and not (isinstance(layer, _CONV) and layer.groups > 1):
+            (makers if is_out else readers).append((layer, item))
+    # Of what no such layer makes (a recurrent layer's states), what reads it.
+    found = [(item, _conductance(layer, evidence, of_input=not makers)) for layer, item in makers or readers]
+    return merged(group, [(item.root_idxs, score[list(item.idxs)]) for item, score in found])
 
-    return merged(group, scored())
 
-
-def _conductance(layer: Any, evidence: Evidence) -> Tensor:
-    """Mean over samples of the summed absolute attribution of each output channel of ``layer``."""
+def _conductance(layer: Any, evidence: Evidence, of_input: bool) -> Tensor:
+    """Mean over samples of the summed absolute attribution of each output channel of ``layer``, or of each input."""
     from captum.attr import LayerConductance, LayerGradientXActivation
 
-    channel_dim = -1 if isinstance(layer, nn.Linear) else 1
+    channel_dim = 1 if isinstance(layer, _CONV) else -1
     total, samples = None, 0
     for x, y in evidence.batches:
         target = None if y.is_floating_point() else y
         with torch.enable_grad():
             if x.is_floating_point():
-                found = LayerConductance(evidence.model, layer).attribute(x, target=target, n_steps=8, internal_batch_size=len(x))
+                found = LayerConductance(evidence.model, layer).attribute(
+                    x, target=target, n_steps=_STEPS, attribute_to_layer_input=of_input
+                )
             else:
-                found = LayerGradientXActivation(evidence.model, layer).attribute(x, target=target)
+                found = LayerGradientXActivation(evidence.model, layer).attribute(
+                    x, target=target, attribute_to_layer_input=of_input
+                )
         found = found[0] if isinstance(found, tuple) else found
         each = found.detach().abs().movedim(channel_dim, -1).flatten(0, -2).sum(0)
         total = each if total is None else total + each
         samples += len(x)
-    if total is None:
-        raise ModelError("No attribution: there is no data.", "Pass data=, batches (x, y).")
+    assert total is not None
     return total / samples
 
 

@@ -39,7 +39,7 @@ def _recurrent(layer: Any) -> Callable[..., Any]:
         data = x.data if isinstance(x, PackedSequence) else x
         batch = 1 if data.dim() < 3 else data.shape[0 if layer.batch_first else 1]
         states = (layer.num_layers * directions(layer), batch, layer.hidden_size)
-        output, hidden, cell = _Zeros.apply(data, layer.hidden_size * directions(layer), states)
+        output, hidden, cell = _Zeros.apply(data, layer.weight_ih_l0, layer.hidden_size * directions(layer), states)
         whole = x._replace(data=output) if isinstance(x, PackedSequence) else output
         return whole, (hidden, cell) if isinstance(layer, nn.LSTM) else hidden
 
@@ -47,10 +47,10 @@ def _recurrent(layer: Any) -> Callable[..., Any]:
 
 
 class _Zeros(torch.autograd.Function):
-    """Zeros of a recurrent layer's output shapes, that depend on its input."""
+    """Zeros of a recurrent layer's output shapes, that depend on its input and, where that is the model's, on its weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, width: int, states: tuple[int, ...]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, width: int, states: tuple[int, ...]) -> tuple[Tensor, ...]:
         return x.new_zeros(*x.shape[:-1], width), x.new_zeros(states), x.new_zeros(states)
 
     @staticmethod
