@@ -26,7 +26,7 @@ def test_it_gives_the_mean_probability_of_its_members_and_comes_back_from_disk(t
 
 
 def test_changed_models_are_refused() -> None:
-    model = build_model(ModelConfig(name="convnet", num_classes=5, in_channels=1))
+    model = build_model(ModelConfig(name="resnet20", num_classes=5, in_channels=1))
     with pytest.raises(ModelError, match="isn't as a name builds it"):
         ensemble_of([model, prune(model, PruneConfig(), torch.zeros(1, 1, 8, 8))])
     with pytest.raises(ModelError, match="no models"):
