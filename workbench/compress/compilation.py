@@ -75,9 +75,11 @@ class _Compiled(nn.Module):
         options: dict[str, Any] = {"guard_filter_fn": _only_inputs, "max_autotune": tune}
         if self.cuda_device:
             options["triton.cudagraphs"] = True
+        # A recurrent layer is a call of its own between two graphs; anything else that breaks a graph is an error.
         # Left to itself, a second batch size would get one kernel for all sizes, which is slower. In a tuple: a compiled module
         # set as an attribute would be a submodule, and its weights would count twice.
-        self._call = (torch.compile(self.model, dynamic=False, fullgraph=True, options=options),)
+        whole = not any(isinstance(module, nn.RNNBase) or type(module).__name__ == "Int8LSTM" for module in self.model.modules())
+        self._call = (torch.compile(self.model, dynamic=False, fullgraph=whole, options=options),)
         self._seen: set[tuple[Any, ...]] = set()
 
     def _inductor_options(self, quantized: bool) -> dict[str, Any]:

@@ -1,22 +1,162 @@
-"""Quantization without calibration, for the CPU: 8-bit weights, and activations measured at each call or left alone."""
+"""Quantization without calibration, for the CPU: 8-bit weights, and activations measured at each call or left alone.
+
+* :func:`dynamic` — linear layers by torchao, LSTMs and embeddings by the modules here.
+* :class:`Int8Embedding` — rows of integers, each with its scale.
+* :class:`Int8LSTM` — an LSTM whose products are INT8.
+"""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from workbench.compress.compilation import import_quietly
+from workbench.compress.graph import layers_matching
+from workbench.compress.observers import weight_scale
 from workbench.compress.quantization_config import QuantConfig
 from workbench.errors import ModelError
 
 
 def dynamic(source: nn.Module, config: QuantConfig, given: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """INT8 linear layers; see :data:`~workbench.compress.quantization.METHODS`."""
-    import_quietly("torchao.quantization")
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    """See :data:`~workbench.compress.quantization.METHODS`; nothing depends on samples, so that it rebuilds as it builds."""
+    ao = import_quietly("torchao.quantization")
+    weight_only = config.mode == "weight_only"
+    root = nn.Module()  # a model may be a single layer
+    root.model = source
+    kinds: tuple[type[nn.Module], ...] = (
+        (nn.Linear, nn.LSTM) if config.embedding_bit == 32 else (nn.Linear, nn.LSTM, nn.Embedding)
+    )
+    modules = {name: module for name, module in root.named_modules() if isinstance(module, kinds)}
+    kept = {f"model.{name}" for name in layers_matching(config.keep_float, [name.removeprefix("model.") for name in modules])}
+    chosen = {name: module for name, module in modules.items() if name not in kept and _callable(module)}
+    if not any(isinstance(module, nn.Linear | nn.LSTM) for module in chosen.values()):
+        raise ModelError(f"{type(source).__name__} has no linear layer or LSTM for mode={config.mode!r}.", "Use mode='static'.")
+    for name, module in chosen.items():
+        if isinstance(module, nn.Embedding):
+            _put(root, name, Int8Embedding(module))
+        elif isinstance(module, nn.LSTM):
+            if weight_only:
+                raise ModelError(
+                    f"mode='weight_only' has no form of the LSTM {name.removeprefix('model.')!r}.",
+                    "Use mode='dynamic', or name the LSTM in keep_float.",
+                )
+            _put(root, name, Int8LSTM(module))
+    granularity = ao.PerRow() if config.granularity == "channel" else ao.PerTensor()
+    if weight_only:
+        recipe = ao.Int8WeightOnlyConfig(granularity=granularity, set_inductor_config=False)
+    else:
+        recipe = ao.Int8DynamicActivationInt8WeightConfig(granularity=granularity, set_inductor_config=False)
+    linear = {name for name, module in chosen.items() if isinstance(module, nn.Linear)}
+    if linear:
+        ao.quantize_(root, recipe, filter_fn=lambda module, name: name in linear)
+    model: nn.Module = root.model
+    return model.requires_grad_(False), {}
 
-    if not any(isinstance(module, nn.Linear) for module in source.modules()):
-        raise ModelError("Dynamic quantization is for linear layers, and this model has none.", "Use mode='static'.")
-    quantize_(source, Int8DynamicActivationInt8WeightConfig())
-    return source.requires_grad_(False), {}
+
+class Int8Embedding(nn.Module):
+    """An embedding [rows, width] as integers with one scale a row; each lookup reads a quarter of the bytes."""
+
+    values: Tensor
+    scale: Tensor
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        if embedding.max_norm is not None:
+            raise ModelError("An embedding with max_norm changes when it is read.", "Set embedding_bit=32.")
+        weight = embedding.weight.detach()
+        scale = weight_scale(weight, per_channel=True)
+        self.register_buffer("values", torch.round(weight / scale[:, None]).clamp(-127, 127).to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 [...] -> [..., width]."""
+        return F.embedding(ids, self.values) * F.embedding(ids, self.scale[:, None])
+
+    @property
+    def weight(self) -> Tensor:
+        """The rows as numbers [rows, width], for models that read them elsewhere too."""
+        return self.values * self.scale[:, None]
+
+
+class Int8LSTM(nn.Module):
+    """An LSTM with INT8 weights, one scale each, and inputs rounded at each call (FBGEMM's or oneDNN's kernels; CPU only).
+
+    It takes and gives what :class:`torch.nn.LSTM` does.
+    """
+
+    def __init__(self, lstm: nn.LSTM) -> None:
+        super().__init__()
+        if lstm.proj_size:
+            raise ModelError("There is no INT8 kernel for an LSTM with projections (proj_size).", "Keep it: keep_float=[…].")
+        self.hidden_size, self.num_layers = lstm.hidden_size, lstm.num_layers
+        self.bias, self.batch_first, self.bidirectional = lstm.bias, lstm.batch_first, lstm.bidirectional
+        self.training = False
+        self._names = [name for names in lstm._all_weights for name in names if name.startswith("weight")]
+        for name, parameter in lstm.named_parameters():
+            if name.startswith("bias"):
+                self.register_buffer(name, parameter.detach().clone())
+                continue
+            scale = weight_scale(parameter.detach(), per_channel=False)[:1]
+            self.register_buffer(name, torch.round(parameter.detach() / scale).clamp(-127, 127).to(torch.int8))
+            self.register_buffer(f"{name}_scale", scale)
+        self._packed: list[Any] | None = None
+
+    @torch.compiler.disable(reason="its packed weights are no tensors")  # type: ignore[untyped-decorator]
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """[N, L, F] (or [L, N, F]) -> outputs, (hidden, cell)."""
+        if isinstance(x, nn.utils.rnn.PackedSequence):
+            raise ModelError("An INT8 LSTM takes no packed sequence.", "Pad the batch and mask the outputs, or keep it in float.")
+        if self._packed is None:
+            self._packed = [self._cell(index) for index in range(0, len(self._names), 2)]
+        directions = 2 if self.bidirectional else 1
+        if state is None:
+            batch = x.shape[0 if self.batch_first else 1]
+            zeros = x.new_zeros(self.num_layers * directions, batch, self.hidden_size)
+            state = (zeros, zeros)
+        output, hidden, cell = torch.ops.aten.quantized_lstm.input(
+            x,
+            list(state),
+            self._packed,
+            self.bias,
+            self.num_layers,
+            0.0,
+            False,
+            self.bidirectional,
+            self.batch_first,
+            dtype=torch.qint8,
+            use_dynamic=True,
+        )
+        return output, (hidden, cell)
+
+    def _cell(self, index: int) -> Any:
+        """Both products of one layer and direction, packed for the kernel."""
+        packed, biases = [], []
+        for name in self._names[index : index + 2]:
+            scale = self.get_buffer(f"{name}_scale").item()
+            bias = self.get_buffer(name.replace("weight", "bias")) if self.bias else None
+            with warnings.catch_warnings():  # the kernels take no other form of a weight than the one that is to go
+                warnings.filterwarnings("ignore", message=".*quantized tensor creation functions", category=UserWarning)
+                weight = torch._make_per_tensor_quantized_tensor(self.get_buffer(name), scale, 0)
+            packed.append(torch.ops.quantized.linear_prepack(weight, bias))
+            biases.append(bias)
+        return torch.ops.quantized.make_quantized_cell_params_dynamic(*packed, *biases, False)
+
+    def flatten_parameters(self) -> None:
+        """As of :class:`torch.nn.LSTM`; there is nothing to do."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": None}  # a copy packs its own
+
+
+def _callable(module: nn.Module) -> bool:
+    """Whether a layer is called: attention of :class:`torch.nn.MultiheadAttention` reads its projection's weight instead."""
+    return type(module) is not nn.modules.linear.NonDynamicallyQuantizableLinear
+
+
+def _put(root: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, last = name.rpartition(".")
+    setattr(root.get_submodule(owner), last, module)

@@ -24,10 +24,11 @@ def xnnpack(source: nn.Module, config: QuantConfig, given: Any) -> tuple[Quantiz
         MissingDependency: without the extra ``executorch``.
         ConfigError: an observer or scheme that its recipe doesn't have.
     """
-    if config.observer != "auto" or config.quant_scheme != "affine":
+    if (config.observer, config.quant_scheme, config.granularity) != ("auto", "affine", "channel"):
         raise ConfigError(
-            f"XNNPACK's recipe has neither observer={config.observer!r} nor quant_scheme={config.quant_scheme!r} to choose.",
-            "Leave observer='auto' and quant_scheme='affine'.",
+            f"XNNPACK's recipe leaves no choice of observer={config.observer!r}, quant_scheme={config.quant_scheme!r} or "
+            f"granularity={config.granularity!r}.",
+            "Leave them at 'auto', 'affine' and 'channel'.",
         )
     if isinstance(given, dict):
         x = torch.zeros(2, *given["input"]["shape"], dtype=getattr(torch, given["input"]["dtype"]))
@@ -53,9 +54,12 @@ def _prepare(source: nn.Module, x: Tensor, config: QuantConfig) -> GraphModule:
     prepare_pt2e = import_module("torchao.quantization.pt2e.quantize_pt2e").prepare_pt2e
     exported = graphs.export_graph(source, x)
     quantizer = recipe.XNNPACKQuantizer()
-    quantizer.set_global(recipe.get_symmetric_quantization_config(is_per_channel=config.granularity == "channel"))
+    quantizer.set_global(recipe.get_symmetric_quantization_config(is_per_channel=True))
     layers = {name for node in exported.graph.nodes if (name := layer_of(node)) is not None}
-    for layer in layers_matching(config.keep_float, layers):
-        quantizer.set_module_name(layer, None)
+    kept = layers_matching(config.keep_float, layers)
+    annotation = import_module("torchao.quantization.pt2e.quantizer").QuantizationAnnotation
+    for node in exported.graph.nodes:
+        if layer_of(node) in kept:
+            node.meta["quantization_annotation"] = annotation(_annotated=True)  # so that the recipe passes it over
     prepared: GraphModule = prepare_pt2e(exported, quantizer)
     return prepared
