@@ -170,9 +170,8 @@ class Bench:
             found = {seed: results[seed, name] for seed in seeds if (seed, name) in results}
             shares = [share(result["test_right"]) for result in found.values()]
             line = f"{name:<14} {statistics.mean(shares):.2%} of the test images (seeds {', '.join(f'{s:.2%}' for s in shares)})"
-            removed = [
-                1 - found[s]["parameters"] / results[s, "baseline"]["parameters"] for s in found if (s, "baseline") in results
-            ]
+            origin = {s: results[s, "baseline"] for s in found if (s, "baseline") in results}
+            removed = [1 - found[s]["parameters"] / origin[s]["parameters"] for s in origin]
             if removed and max(removed) > 0.01:
                 line += f"  −{statistics.mean(removed):.1%} parameters"
                 for part in ("test", "held_out"):
