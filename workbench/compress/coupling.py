@@ -96,6 +96,9 @@ class Couplings:
             if not isinstance(module, _ROOTS) or module in visited:
                 continue
             pruner = graph.get_pruner_of_module(module)
+            if pruner.get_out_channels(module) == 1:
+                self.whole[self.names[module]] = "it has one channel"
+                continue
             members = graph.get_pruning_group(module, pruner.prune_out_channels, list(range(pruner.get_out_channels(module))))
             made = [(dep, idxs) for dep, idxs in members if graph.is_out_channel_pruning_fn(dep.handler)]
             outs = [dep.target.module for dep, _ in made if isinstance(dep.target.module, nn.Module)]
@@ -118,9 +121,6 @@ class Couplings:
             root, channels = members[0].dep.target.module, len(members[0].idxs)
             count = max(heads[layer] for layer in attended) if attended else 1
             groups = math.lcm(count, *(self._channel_groups(dep) for dep, _ in members))
-            if channels == 1:
-                self.whole[name] = "it has one channel"
-                continue
             if channels % groups:
                 self.whole[name] = f"its {channels} channels don't divide into {groups} groups"
                 continue

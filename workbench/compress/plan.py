@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,14 @@ from workbench.compress.latency import floor_ratio_of, latency_of, timed_call
 from workbench.compress.pruning_config import LatencyConfig, PruneConfig
 from workbench.compress.sample import one_sample
 from workbench.compress.search import Ranking, nearest, shortest, topped_up
-from workbench.compress.surgery import reshaped
+from workbench.compress.surgery import config_sizes, reshaped, set_config
 from workbench.errors import ConfigError, ModelError, unknown
 from workbench.models.structure import count_parameters, is_channels_last, structure_of
 
 _WITHIN = 0.01
 """Removed beyond the ratio, at most; else a remark says why."""
+_BACK = 8
+"""Units given back, at most, for single groups' steps in their place where one unit is more than that."""
 _NEAR = 0.03
 """Of the wanted latency: a candidate this near ends the search; what is left covers the noise of measuring again."""
 
@@ -89,11 +92,13 @@ class Plan:
                 self._remedy("Ask for less, set round_to=1, or ignore fewer layers."),
             )
         cuts, share = self.ranking.cuts(length), removed(length)
-        if length and share > wanted + _WITHIN:
-            free = [index for index in range(len(self.groups)) if index not in self.ranking.fixed]
-            steps = topped_up(lambda extra: removed(length - 1, extra), free, wanted)
-            if wanted <= (finer := removed(length - 1, steps)) < share:
-                cuts, share = self.ranking.cuts(length - 1, steps), finer
+        free = [index for index in range(len(self.groups)) if index not in self.ranking.fixed]
+        for shorter in range(length - 1, max(length - _BACK, 0) - 1, -1):
+            if share <= wanted + _WITHIN:
+                break
+            steps = topped_up(partial(removed, shorter), free, wanted)
+            if wanted <= (finer := removed(shorter, steps)) < share:
+                cuts, share = self.ranking.cuts(shorter, steps), finer
         if wanted and share > wanted + _WITHIN:
             cause = "ratios alone remove so much" if length == 0 else "what goes at once is larger than that"
             self._remark(f"{share:.1%} of the {self.config.target} went, for {wanted:.1%}: {cause}.")
@@ -113,6 +118,8 @@ class Plan:
         pruned = reshaped(
             copy.deepcopy(self.model), layers, lambda name, old, shape: old.detach().flatten()[positions[name].to(old.device)]
         )
+        sizes = config_sizes(self.model, pruned)
+        set_config(pruned, sizes)
         if is_channels_last(self.model):
             pruned = pruned.to(memory_format=torch.channels_last)
         with explained(self.model):  # some couplings show only when the pruned model runs
@@ -122,7 +129,7 @@ class Plan:
             record["removed"] = record["latency"]["removed"]
             if abs((1 - record["removed"]) / (1 - self.config.ratio) - 1) > _LANDS:
                 self._remark(f"Timed again, {record['removed']:.1%} of the latency went, for {self.config.ratio:.1%}.")
-        record |= {"layers": layers, "whole": self.whole, "remarks": self.remarks}
+        record |= {"layers": layers, "sizes": sizes, "whole": self.whole, "remarks": self.remarks}
         pruned.structure = structure_of(self.model).then(record)  # type: ignore[assignment]
         return pruned
 

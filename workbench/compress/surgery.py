@@ -2,6 +2,7 @@
 
 * :func:`reshaped` / :func:`replay` — a model brought to recorded shapes.
 * :func:`attention_heads` / :func:`refresh_attention` — the sizes that attention blocks keep beside their layers.
+* :func:`config_sizes` — those in the ``config`` of a model of transformers.
 """
 
 from __future__ import annotations
@@ -36,7 +37,42 @@ def reshaped(
 
 def replay(model: nn.Module, record: dict[str, Any]) -> nn.Module:
     """Give a freshly built ``model`` the shapes that ``record`` describes; its weights are yet to be loaded."""
+    set_config(model, record.get("sizes", {}))
     return reshaped(model, record["layers"], lambda name, old, shape: old.new_zeros(shape))
+
+
+def config_sizes(before: nn.Module, after: nn.Module) -> dict[str, int]:
+    """Fields of a transformers ``config`` that have another value now; a size that differs between layers keeps the old one.
+
+    Args:
+        before: a model, of which some module has a ``config``.
+        after: the same, pruned.
+    """
+    config = next((module.config for module in before.modules() if hasattr(getattr(module, "config", None), "hidden_size")), None)
+    if config is None:
+        return {}
+    found: dict[str, set[int]] = {"hidden_size": set(), "intermediate_size": set(), "num_attention_heads": set()}
+    for name, module in before.named_modules():
+        now = after.get_submodule(name)
+        if isinstance(module, nn.Embedding) and module.embedding_dim == config.hidden_size:
+            found["hidden_size"].add(now.embedding_dim)  # type: ignore[arg-type]
+        elif isinstance(module, nn.Linear) and module.out_features == getattr(config, "intermediate_size", None):
+            found["intermediate_size"].add(now.out_features)  # type: ignore[arg-type]
+        elif isinstance(heads := getattr(now, "num_attention_heads", None), int):
+            found["num_attention_heads"].add(heads)
+    return {
+        field: min(sizes)
+        for field, sizes in found.items()
+        if len(sizes) == 1 and hasattr(config, field) and sizes != {getattr(config, field)}
+    }
+
+
+def set_config(model: nn.Module, sizes: dict[str, int]) -> None:
+    """Give every ``config`` within ``model`` the ``sizes``."""
+    for module in model.modules():
+        for field, size in sizes.items():
+            if hasattr(config := getattr(module, "config", None), field):
+                setattr(config, field, size)
 
 
 def plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
