@@ -9,7 +9,7 @@ import os
 import shutil
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from workbench.compress.capture import Captured
 from workbench.errors import DeviceError, ModelError
 from workbench.models.structure import structure_of
 
@@ -73,14 +74,13 @@ class _Compiled(nn.Module):
         quantized = any(transform["kind"] == "quantize" for transform in self.structure.transforms)
         self._options = self._inductor_options(quantized)
         options: dict[str, Any] = {"guard_filter_fn": _only_inputs, "max_autotune": tune}
-        if self.cuda_device:
-            options["triton.cudagraphs"] = True
         # A recurrent layer is a call of its own between two graphs; anything else that breaks a graph is an error.
         # Left to itself, a second batch size would get one kernel for all sizes, which is slower. In a tuple: a compiled module
         # set as an attribute would be a submodule, and its weights would count twice.
         whole = not any(isinstance(module, nn.RNNBase) or type(module).__name__ == "Int8LSTM" for module in self.model.modules())
         self._call = (torch.compile(self.model, dynamic=False, fullgraph=whole, options=options),)
         self._seen: set[tuple[Any, ...]] = set()
+        self._run: Callable[[torch.Tensor], Any] = Captured(self._compiled) if self.cuda_device else self._compiled
 
     def _inductor_options(self, quantized: bool) -> dict[str, Any]:
         """Settings that tracing reads too, so that they can't be options of torch.compile."""
@@ -90,18 +90,23 @@ class _Compiled(nn.Module):
         return {"freezing": True, "cpp_wrapper": quantized}
 
     def forward(self, x: torch.Tensor) -> Any:
+        return self._run(x)
+
+    def _compiled(self, x: torch.Tensor) -> Any:
         key = (x.shape, x.dtype, x.stride())
         device = "cuda" if self.cuda_device else "cpu"
-        # Weights are frozen only where no gradient can be asked for.
+        # Weights are frozen only where no gradient can be asked for. Autocast's cache of weights would be freed between captured
+        # calls.
         with (
             self._tracing(key),
             torch.no_grad(),
-            torch.autocast(device, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16),
+            torch.autocast(
+                device, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16, cache_enabled=not self.cuda_device
+            ),
         ):
             output = self._call[0](x)
         self._seen.add(key)
-        # The next call of a captured graph writes to the same place.
-        return output.clone() if self.cuda_device and isinstance(output, torch.Tensor) else output
+        return output
 
     @contextmanager
     def _tracing(self, key: tuple[Any, ...]) -> Iterator[None]:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from workbench.compress.capture import Captured
 from workbench.compress.compilation import compiled, has_compiler
 from workbench.errors import ConfigError
 
@@ -118,23 +119,15 @@ def timed_call(
 def _on_cuda(model: nn.Module, x: torch.Tensor, form: Form, dtype: torch.dtype) -> tuple[Callable[[], Any], str]:
     module = torch.compile(model, mode="reduce-overhead", dynamic=False) if form == "compiled" else model
 
-    def call() -> Any:
+    def call(given: torch.Tensor) -> Any:
         # The cache of cast weights would be freed between captured calls.
         with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype != torch.float32, cache_enabled=form != "auto"):
-            return module(x)
+            return module(given)
 
     if form != "auto":
-        return call, form
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(_WARM_UP):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay, "captured"
+        return lambda: call(x), form
+    captured = Captured(call)
+    return lambda: captured(x), "captured"
 
 
 def _synchronizer() -> Callable[[], None]:
