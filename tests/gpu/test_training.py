@@ -63,7 +63,7 @@ def test_a_captured_run_with_teacher_penalty_and_average_learns_as_the_eager_one
         model={"name": "resnet20", "args": {"width": 4}},
         distill={
             "teacher": str(tmp_path / "teacher"),
-            "terms": {"soft": 0.9, "features": 0.1, "attention": 100.0},
+            "terms": {"soft": 0.9, "features": 0.1, "attention": 2.0},
             "layers": ["stages.?"],
         },
         penalties={"slimming": 1e-3, "group_lasso": 1e-4},

@@ -71,7 +71,7 @@ def test_attention_maps_are_energies_over_channels_of_unit_length() -> None:
         energy = (x.double().numpy() ** 2).sum(1).reshape(len(x), -1)
         return energy / np.linalg.norm(energy, axis=1, keepdims=True)
 
-    assert float(found) == pytest.approx(((attention(student) - attention(teacher)) ** 2).mean(), rel=1e-5)
+    assert float(found) == pytest.approx(((attention(student) - attention(teacher)) ** 2).sum(1).mean(), rel=1e-5)
     assert float(AttentionTransfer(student, student, CONFIG)(student, 2 * student)) == pytest.approx(0, abs=1e-12)
 
 
@@ -103,7 +103,7 @@ def student(config: Callable[..., TrainConfig], teacher: Path) -> Callable[..., 
     def make(**changes: object) -> TrainConfig:
         settings = {
             "teacher": str(teacher),
-            "terms": {"soft": 0.9, "features": 0.5, "attention": 100.0},
+            "terms": {"soft": 0.9, "features": 0.5, "attention": 2.0},
             "layers": ("1", "3"),
         }
         return config(**({"distill": settings, "model.args": {"dropout": 0.0}, "epochs": 2} | changes))
@@ -128,7 +128,7 @@ def test_the_first_loss_is_the_weighted_sum_by_hand(student: Callable[..., Train
     expected += 0.7 * 16 * (probabilities[1] * (probabilities[1] / probabilities[0]).log()).sum(1).mean()
     for index in (2, 4):  # the names "1" and "3"
         maps = [nn.functional.normalize(model[:index](x.double()).square().sum(1).flatten(1)) for model in (ours, theirs)]  # type: ignore[index]
-        expected += 10.0 * (maps[0] - maps[1]).square().mean()
+        expected += 10.0 * (maps[0] - maps[1]).square().sum(1).mean()
     assert run.history["loss"].iloc[0] == pytest.approx(float(expected.detach()), rel=1e-5)
 
 

@@ -27,7 +27,7 @@ class DistillConfig(Config):
     terms: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {"soft": 0.9},
         description="What is compared, with its weight: soft (outputs softened by the temperature), features (outputs of layers; "
-        "weights about 1), attention (where layers respond; weights about 1000).",
+        "weights about 1), attention (where layers respond; weights about 5).",
         json_schema_extra=hint(choices="distillations"),
     )
     task: float = Field(0.1, ge=0, description="Weight of the ordinary loss, against the data's own targets.")
