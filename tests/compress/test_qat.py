@@ -1,4 +1,4 @@
-"""Quantization-aware training: it trains as ever, changes nothing but the rounding, and becomes the INT8 model that it simulated."""
+"""Quantization-aware training: it changes nothing but the rounding, and becomes the INT8 model that it simulated."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from workbench.compress.distillation import DistillConfig, distill
     from workbench.compress.gradual import GradualResult, prune_gradually
     from workbench.compress.gradual_config import GradualConfig
+    from workbench.compress.mixed import layer_sensitivity, mixed_precision
     from workbench.compress.pruning import ChannelPruner, prune
     from workbench.compress.pruning_config import CRITERIA, PruneConfig
     from workbench.compress.qat import QuantAwareTraining
@@ -37,6 +38,8 @@ __all__ = [
     "bake_masks",
     "compiled",
     "distill",
+    "layer_sensitivity",
+    "mixed_precision",
     "prune",
     "prune_gradually",
     "quantize",
@@ -56,6 +59,8 @@ _HOMES = {
     "QuantAwareTraining": "qat",
     "Quantizer": "quantization",
     "compiled": "compilation",
+    "layer_sensitivity": "mixed",
+    "mixed_precision": "mixed",
     "quantize": "quantization",
     "GradualConfig": "gradual_config",
     "GradualResult": "gradual",

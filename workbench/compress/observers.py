@@ -25,6 +25,7 @@ MOMENTUM = 0.1
 SMALLEST = 2.0**-24
 """Smallest scale: a value that is always zero still gets one."""
 
+_SMOOTHED = 1e-4
 _SHARES = torch.linspace(0.02, 1, 99, dtype=torch.float64)  # of the full range, tried by the rules that search
 
 
@@ -168,4 +169,6 @@ def _divergence(seen: Seen, low: float, high: float, config: QuantConfig) -> Ten
     spread = (sums / sizes.clamp(min=1))[level] * filled
     p, q = reference / reference.sum(), spread / spread.sum()
     used = p > 0
-    return (p[used] * (p[used] / q[used].clamp(min=1e-12)).log()).sum()
+    # What is clipped lies where nothing may have been: a little is taken to lie there, as other calibrators do.
+    q = torch.where(q > 0, q, _SMOOTHED)
+    return (p[used] * (p[used] / q[used]).log()).sum()

@@ -67,8 +67,13 @@ class RangeObserver(ObserverBase):  # type: ignore[misc]
         self.config = config
         self.extremes: list[tuple[float, float]] = []
         self.counts: Tensor | None = None
+        self.rounds: bool | None = None
+        """None while it observes; then whether it rounds."""
+        self._found: tuple[float, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.rounds is not None:
+            return self._rounded(x) if self.rounds else x
         values = x.detach().float()
         if self.counts is None:
             low, high = torch.aminmax(values)
@@ -77,6 +82,12 @@ class RangeObserver(ObserverBase):  # type: ignore[misc]
             low, high = (edge(pair) for edge, pair in zip((min, max), zip(*self.extremes, strict=True), strict=True))
             self.counts += torch.histc(values, BINS, min=low, max=high)
         return x
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        if self._found is None:
+            scale, zero = self.calculate_qparams()
+            self._found = scale.item(), int(zero)
+        return torch.fake_quantize_per_tensor_affine(x, *self._found, self.quant_min, self.quant_max)
 
     def count(self) -> None:
         """Begin the second pass."""
@@ -100,8 +111,12 @@ class WeightObserver(ObserverBase):  # type: ignore[misc]
         self.ch_axis = 0
         self.per_channel = config.granularity == "channel"
         self.scale = torch.ones(1)
+        self.rounds: bool | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
+        if self.rounds is not None:
+            zero = torch.zeros(len(self.scale), dtype=torch.int32)
+            return torch.fake_quantize_per_channel_affine(weight, self.scale, zero, 0, -128, 127) if self.rounds else weight
         self.scale = weight_scale(weight.detach(), self.per_channel)
         return weight
 
