@@ -51,7 +51,7 @@ def test_the_code_of_start_repeats_the_run(tmp_path: Path, until: Any) -> None:
 
 
 def test_prune_keeps_its_code_and_result_beside_the_model(run: Run, until: Any) -> None:
-    panel = PrunePanel(run, PruneConfig(ratio=0.2))
+    panel = PrunePanel(run, PruneConfig(ratio=0.2, criterion="taylor"))
     _ = panel.view
     code = panel.code
     panel._button.act("act")
@@ -90,7 +90,8 @@ def test_compare_measures_what_is_ticked(run: Run, until: Any) -> None:
     panel._button.act("act")
     until(lambda: "finished" in panel._results.html or "failed" in panel._results.html, timeout=120)
     assert "original" in panel._results.html, panel._results.html
-    assert "<svg" in panel._results.html
+    assert "<svg" in panel._results.html and "peak memory" in panel._results.html
+    assert (panel.jobs[0].folder / "comparison.csv").read_text().startswith("variant,form,")
     sent: list[Any] = []
     panel._results.send = lambda content, buffers=None: sent.append(content)  # type: ignore[method-assign]
     panel._results.act("report", panel.jobs[0].folder.name)

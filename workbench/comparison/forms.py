@@ -69,6 +69,8 @@ class Form:
     """What it holds in memory, beside what compiling adds."""
     rival: bool = False
     """Measured for comparison only: bfloat16 on a CPU, which any float model could have."""
+    foreign: bool = False
+    """Run by another runtime than PyTorch, whose memory PyTorch doesn't see."""
 
 
 @dataclass
@@ -122,8 +124,9 @@ def forms_of(loaded: Mapping[str, Variant], config: CompareConfig, device: torch
     """
     compiling = config.compile and has_compiler()
     for name, variant in loaded.items():
-        if variant.backend not in ("", "cpu", "cuda"):  # it brings a runtime of its own
-            yield Form(name, f"{variant.backend} {variant.number}", "compiled", _Plain(variant.model), variant.model)
+        if variant.backend not in ("", "cpu", "cuda"):
+            own = f"{variant.backend} {variant.number}"
+            yield Form(name, own, "compiled", _Plain(variant.model), variant.model, foreign=True)
             continue
         model = copy.deepcopy(variant.model).to(device).eval()
         if not (variant.backend and compiling):

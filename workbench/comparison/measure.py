@@ -199,8 +199,8 @@ def _draw(seen: _Seen, x: Tensor, y: Tensor, draws: int, chance: random.Random) 
 
 
 def _first_call(form: Form, x: Tensor, config: CompareConfig) -> int | None:
-    """The form's peak memory, if it is wanted."""
-    if config.memory:
+    """The form's peak memory, if it is wanted and can be seen."""
+    if config.memory and not form.foreign:
         return peak_bytes(form, x)
     form.call(x)
     return None

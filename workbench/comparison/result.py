@@ -172,7 +172,8 @@ class Comparison:
         """One row a variant and form; latencies in milliseconds, sizes in bytes, divergence in nats, shares from 0 to 1."""
         import pandas as pd
 
-        return pd.DataFrame([measurement.flat() for measurement in self.measurements])
+        rows = pd.DataFrame([measurement.flat() for measurement in self.measurements])
+        return rows.astype({"macs": "Int64", "memory_bytes": "Int64"})  # whole numbers, even where one is missing
 
     def classes_frame(self) -> pd.DataFrame:
         """One row a variant and class, the class that lost most first."""

@@ -26,15 +26,17 @@ def measurements(
     """One row a form, in order."""
     baseline = next(iter(loaded.values()))
     medians = [[percentile(times, 50) for times in by_size] for by_size in latencies]
-    like = {form.like: median for form, median in zip(reversed(forms), reversed(medians), strict=True)}  # the first of its like
-    deployed = set(deployed_forms(forms).values())
+    judged = deployed_forms(forms)
+    first = [i for i, form in enumerate(forms) if form.variant == next(iter(loaded))]
+    like = {forms[i].like: medians[i] for i in reversed(first)}
     rows = []
     for index, (form, score, paired) in enumerate(zip(forms, scores, references(forms, loaded), strict=True)):
         variant, right = loaded[form.variant], sum(score.right)
         low, high = wilson(right, score.samples)
         lost, won = disagreements(scores[paired].right, score.right) if paired is not None else (0, 0)
         change = paired_difference(won, lost, score.samples) if paired is not None else (None, None)
-        own = [m for m in moved if m.variant == form.variant] if index in deployed else []
+        own = [m for m in moved if m.variant == form.variant] if index == judged[form.variant] else []
+        base = like.get(form.like, medians[judged[forms[0].variant]])
         rows.append(
             Measurement(
                 variant=form.variant,
@@ -53,10 +55,8 @@ def measurements(
                 file_bytes=variant.file_bytes,
                 memory_bytes=memory[index],
                 latencies=tuple(
-                    Latency(batch, median, percentile(times, 95), base / median)
-                    for batch, median, times, base in zip(
-                        batch_sizes, medians[index], latencies[index], like[form.like], strict=True
-                    )
+                    Latency(batch, median, percentile(times, 95), before / median)
+                    for batch, median, times, before in zip(batch_sizes, medians[index], latencies[index], base, strict=True)
                 ),
                 agreement=score.agreeing / score.samples,
                 kl=max(0.0, score.kl / score.samples),
