@@ -35,9 +35,11 @@ class PrunePanel(ActionPanel):
         self._on_tune = listener
 
     def _code_for(self, run: Run, config: PruneConfig, name: str) -> str:
+        looks = config.looks_at_data
         return preamble(run, ("PruneConfig", "prune", "save_model")) + (
             "model = run.load_model()\n"
-            f"pruned = prune(model, {config.to_code()}, held_out[0])\n"
+            + ('training = load_batches(run.config.data, "train", root=run.path)\n' if looks else "")
+            + f"pruned = prune(model, {config.to_code()}, held_out[0]{', training' if looks else ''})\n"
             f'folder = save_model(pruned, run.path / "variants" / {name!r})\n'
             "measure = CompareConfig(compile=False, seconds=5, attributions=0)\n"
             'comparison = compare({"original": model, "pruned": pruned}, held_out, measure)\n'

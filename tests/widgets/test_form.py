@@ -108,7 +108,10 @@ def test_what_a_control_shows_stands_for_its_value(config: Everything) -> None:
         assert parsed == expected or list(parsed or ()) == list(expected or ()), field.path
 
 
-@pytest.mark.parametrize("config", [TrainConfig(), PruneConfig(ratio=0.5, ignored=["stem*"]), QuantConfig(mode="dynamic")])
+@pytest.mark.parametrize(
+    "config",
+    [TrainConfig(), PruneConfig(ratios={"stages.*": 0.5}, round_to="auto", ignored=["stem*"]), QuantConfig(mode="dynamic")],
+)
 def test_the_workbench_s_own_configs(config: Config) -> None:
     form = Form(type(config), config)
     assert form.value == config

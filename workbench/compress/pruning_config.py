@@ -93,6 +93,11 @@ class PruneConfig(Config):
     )
     seed: int = Field(0, ge=0, description="Seed of the 'random' criterion.", json_schema_extra=hint(advanced=True))
 
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether the criterion may need data: those that do, and those from elsewhere."""
+        return self.criterion in ("taylor", "attribution") or ":" in self.criterion
+
     @field_validator("criterion")
     @classmethod
     def _known(cls, name: str) -> str:
