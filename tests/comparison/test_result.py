@@ -23,6 +23,8 @@ from workbench.comparison.measure import _rebatched
 from workbench.comparison.result import Flag, Latency, on_frontier
 from workbench.compress.compilation import has_compiler
 from workbench.compress.cost import count_macs
+from workbench.data import DataConfig, load_batches
+from workbench.data.cards import read_card
 from workbench.errors import ConfigError, DeviceError
 
 EVIL = "<img src=x onerror=alert(1)>"
@@ -69,6 +71,13 @@ def test_the_classes_that_lost_most_come_first(told: Comparison) -> None:
     assert frame.before.tolist() == [1, 1, 16 / 20]
     assert frame.name.tolist() == [EVIL, "cat", "dog"]
     assert "1 of 3 classes lost more than chance explains." in told.to_html()
+
+
+def test_classes_have_the_names_of_their_data_set() -> None:
+    data = load_batches(DataConfig(name="digits"))
+    result = compare({"a": nn.Flatten(), "b": nn.Flatten()}, data, QUICK)
+    assert result.class_names == list(read_card("digits").classes)
+    assert {change.name for change in result.classes} <= set(result.class_names)
 
 
 def test_a_frontier_is_what_nothing_beats() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +14,17 @@ from workbench.data.config import DataConfig
 from workbench.data.splits import load_splits
 
 
+class LoadedBatches(list[tuple[Any, Tensor]]):
+    """Batches (x, y) in order, and the names of the classes, in label order, where there are any."""
+
+    def __init__(self, batches: Iterable[tuple[Any, Tensor]], classes: tuple[str, ...] = ()) -> None:
+        super().__init__(batches)
+        self.classes = classes
+
+
 def load_batches(
     config: DataConfig, split: Literal["train", "eval"] = "eval", *, seed: int = 0, root: Path | None = None
-) -> list[tuple[Any, Tensor]]:
+) -> LoadedBatches:
     """Batches (x, y) as a trainer on the CPU sees them, normalized.
 
     Args:
@@ -24,10 +33,11 @@ def load_batches(
         seed: of order and augmentation.
         root: folder against which relative files are looked up first (a run folder).
     """
-    batches = Batches(load_splits(config, root=root), config, Shard(), Target(torch.device("cpu")), seed)
+    splits = load_splits(config, root=root)
+    batches = Batches(splits, config, Shard(), Target(torch.device("cpu")), seed)
     try:
         if split == "eval":
-            return [(x[:count], y[:count]) for x, y, count in batches.evaluation()]
-        return [batch for step in batches.epoch(0) for batch in step]
+            return LoadedBatches(((x[:count], y[:count]) for x, y, count in batches.evaluation()), splits.classes)
+        return LoadedBatches((batch for step in batches.epoch(0) for batch in step), splits.classes)
     finally:
         batches.close()
