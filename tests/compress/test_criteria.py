@@ -182,6 +182,15 @@ def test_scores_that_are_not_numbers_are_refused(net):
         prune(net, PruneConfig(), X)
 
 
+def test_a_criterion_that_fails_is_named(net, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def broken(group):\n    return 1 / 0\n")
+    with pytest.raises(ConfigError, match=r"mine\.py:broken' failed: ZeroDivisionError"):
+        prune(net, PruneConfig(criterion=f"{file}:broken"), X)
+    with pytest.raises(ConfigError, match="'taylor' failed.*that the data fits the model"):
+        prune(net, PruneConfig(criterion="taylor"), X, data=[(X, torch.arange(6))])
+
+
 def test_a_users_own_file(net, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("import torch\ndef last(group):\n    return -torch.arange(len(group[0].idxs)).float()\n")

@@ -142,6 +142,19 @@ def test_pruned_to_a_latency_and_measured_anew():
     assert floor_ratio_of(times["after"], times["before"]) / 0.6 == pytest.approx(1, abs=0.15)  # a test machine is never quiet
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("form", ["auto", "eager"])
+def test_pruned_to_a_latency_on_a_gpu(form):
+    model = build_model(ModelConfig(name="resnet20", num_classes=10, in_channels=3, args={"width": 256})).eval().cuda()
+    latency = {"form": form, "batch": 64, "precision": "bf16"}
+    x = torch.randn(1, 3, 32, 32)
+    pruned = prune(model, PruneConfig(ratio=0.4, target="latency", round_to="auto", latency=latency), x)
+    record = pruned.structure.transforms[-1]
+    assert record["round_to"] == 8 and record["latency"]["form"] == {"auto": "captured", "eager": "eager"}[form]
+    assert (1 - record["removed"]) / 0.6 == pytest.approx(1, abs=0.1)
+
+
 def test_a_latency_out_of_reach_is_refused():
     from workbench.errors import ModelError
 

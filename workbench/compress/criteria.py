@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from workbench.compress.pruning_config import CRITERIA
 from workbench.compress.recurrent import RECURRENT, directions
-from workbench.errors import ConfigError, DataError
+from workbench.errors import ConfigError, DataError, WorkbenchError
 
 _CONV = nn.modules.conv._ConvNd
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
@@ -280,7 +280,15 @@ def scored_by(name: str, evidence: Evidence | None) -> Callable[[Any], Tensor | 
         )
 
     def checked(group: Any) -> Tensor | None:
-        scores, expected = function(group, evidence) if takes_data else function(group), len(group[0].idxs)
+        expected = len(group[0].idxs)
+        try:
+            scores = function(group, evidence) if takes_data else function(group)
+        except WorkbenchError:
+            raise
+        except Exception as error:  # a user's own function, or a model that doesn't take the data
+            raise ConfigError(
+                f"The criterion {name!r} failed: {type(error).__name__}: {error}.", "Check it, and that the data fits the model."
+            ) from error
         if scores is None:
             return None
         if not isinstance(scores, Tensor) or scores.shape != (expected,):

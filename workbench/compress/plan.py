@@ -61,7 +61,7 @@ class Plan:
         score = scored_by(config.criterion, evidence)
         self.groups: list[Group] = []
         self.scores: list[torch.Tensor] = []
-        with explained(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             for group in self.couplings.groups:
                 channels = score(group.members)

@@ -48,7 +48,8 @@ def config_sizes(before: nn.Module, after: nn.Module) -> dict[str, int]:
         before: a model, of which some module has a ``config``.
         after: the same, pruned.
     """
-    config = next((module.config for module in before.modules() if hasattr(getattr(module, "config", None), "hidden_size")), None)
+    configs = (getattr(module, "config", None) for module in before.modules())
+    config: Any = next((found for found in configs if hasattr(found, "hidden_size")), None)
     if config is None:
         return {}
     found: dict[str, set[int]] = {"hidden_size": set(), "intermediate_size": set(), "num_attention_heads": set()}
