@@ -75,7 +75,10 @@ def test_tokens_are_compared_without_pictures() -> None:
 
     ids = torch.randint(1, 30, (20, 9))
     ids[:, 7:] = 0
-    result = compare({"a": Bag(), "b": Bag()}, [(ids, torch.zeros(20, dtype=torch.int64))], ATTRIBUTING)
+    longer = torch.ones(3, 12, dtype=torch.int64)
+    data = [(ids, torch.zeros(20, dtype=torch.int64)), (longer, torch.zeros(3, dtype=torch.int64))]
+    result = compare({"a": Bag(), "b": Bag()}, data, ATTRIBUTING)
+    assert result.conditions["samples"] == 23
     assert [len(m.before[0]) for m in result.moved] == [9] * 5
     assert all(m.before[0][7:] == [0, 0] and not m.picture for m in result.moved)
     assert "maps long" in result.to_html()

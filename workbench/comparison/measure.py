@@ -186,16 +186,17 @@ def _checked(form: Form, output: Any, size: int) -> Tensor:
 
 
 def _draw(seen: _Seen, x: Tensor, y: Tensor, draws: int, chance: random.Random) -> None:
-    """Keep ``draws`` samples so that in the end each was as likely to be kept (Vitter 1985, algorithm R)."""
-    for index in range(len(x) if draws else 0):
+    """Keep ``draws`` samples so that in the end each was as likely to be kept (Vitter 1985, algorithm R); all of one shape."""
+    if not draws or (seen.drawn and x.shape[1:] != next(iter(seen.drawn.values()))[0].shape):
+        return
+    for index in range(len(x)):
         position = len(seen.labels) + index
-        if len(seen.drawn) < draws:
-            seen.drawn[position] = x[index], y[index]
-        elif (place := chance.randrange(position + 1)) < draws:
-            gone = list(seen.drawn)[place]
-            if seen.drawn[gone][0].shape == x[index].shape:
-                del seen.drawn[gone]
-                seen.drawn[position] = x[index], y[index]
+        if len(seen.drawn) == draws:
+            place = chance.randrange(position + 1)
+            if place >= draws:
+                continue
+            del seen.drawn[list(seen.drawn)[place]]
+        seen.drawn[position] = x[index], y[index]
 
 
 def _first_call(form: Form, x: Tensor, config: CompareConfig) -> int | None:
