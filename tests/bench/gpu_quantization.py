@@ -3,7 +3,7 @@
     python -m tests.bench.gpu_quantization --out out/gpu-quantization.json
     python -m tests.bench.gpu_quantization --only vit --minutes 3
 
-Random weights and inputs, so no accuracies: ``error`` is the relative distance of the outputs from fp32's, ``agreement`` the share
+Random weights and inputs, so no accuracies: ``error`` is the distance of the outputs from fp32's, ``agreement`` the share
 of samples with the same highest output (among the two of the text model, near ties count against it).
 """
 

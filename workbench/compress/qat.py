@@ -60,7 +60,6 @@ class QuantAwareTraining:
         """
         if is_prepared(self.model):
             raise ModelError("This model is prepared for quantization-aware training already.", "Train it, then quantize it.")
-        from workbench.compress.sample import one_sample  # loading a prepared model needs no pruning
 
         source = copy.deepcopy(self.model).cpu().eval()
         x = one_sample(source, self.example).cpu()
