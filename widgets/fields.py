@@ -82,7 +82,7 @@ class Field:
             return str(value)
         if self.control == "number":
             return repr(value)
-        if self.sequence and value and all(_plain(item) for item in value):
+        if self.sequence and value and all(_plain(item) for item in value) and _is_text(", ".join(value)):
             return ", ".join(value)
         if isinstance(value, (dict, list, tuple)) and not value and not self.optional:
             return ""
@@ -261,6 +261,14 @@ def _first_line(text: str | None) -> str:
 def _plain(item: Any) -> bool:
     """A string that survives being listed between commas."""
     return isinstance(item, str) and item == item.strip() and bool(item) and not set(item) & set(",[]{}#&*!|>'\"%@`:\n")
+
+
+def _is_text(words: str) -> bool:
+    """Whether YAML reads them as text, and not as a number, a truth value or nothing."""
+    try:
+        return isinstance(load_yaml(words), str)
+    except ConfigError:
+        return False
 
 
 def _number(text: str, integer: bool) -> int | float:
