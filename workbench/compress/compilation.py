@@ -78,7 +78,8 @@ class _Compiled(nn.Module):
         # Left to itself, a second batch size would get one kernel for all sizes, which is slower. In a tuple: a compiled module
         # set as an attribute would be a submodule, and its weights would count twice.
         whole = not any(isinstance(module, nn.RNNBase) or type(module).__name__ == "Int8LSTM" for module in self.model.modules())
-        self._call = (torch.compile(self.model, dynamic=False, fullgraph=whole, options=options),)
+        # Isolated: models of one class share compiled code otherwise, and with the guards gone one would answer for another.
+        self._call = (torch.compile(self.model, dynamic=False, fullgraph=whole, isolate_recompiles=True, options=options),)
         self._seen: set[tuple[Any, ...]] = set()
         self._run: Callable[[torch.Tensor], Any] = Captured(self._compiled) if self.cuda_device else self._compiled
 
