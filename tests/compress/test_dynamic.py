@@ -1,0 +1,103 @@
+"""Quantization without calibration: linear layers, LSTMs and embeddings, against closed forms and floating point."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from workbench.artefact import load_model, save_model, size_on_disk
+from workbench.compress import QuantConfig, quantize
+from workbench.compress.dynamic import Int8Embedding, Int8LSTM
+from workbench.errors import ModelError
+from workbench.models import ModelConfig, build_model
+
+DYNAMIC, WEIGHTS = QuantConfig(mode="dynamic"), QuantConfig(mode="weight_only")
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.randint(1, 500, (4, 24), generator=torch.Generator().manual_seed(0))
+
+
+def text(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(ModelConfig(name=name, num_classes=4, args={"vocab_size": 500})).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("bert_small", DYNAMIC),
+        ("bert_small", WEIGHTS),
+        ("lstm", DYNAMIC),
+        ("bert_small", DYNAMIC.override({"granularity": "tensor"})),
+    ],
+)
+def test_text_models_are_a_quarter_as_large_and_reload_bit_equal(
+    name: str, config: QuantConfig, ids: Tensor, tmp_path: Path
+) -> None:
+    model = text(name)
+    before = copy.deepcopy(model.state_dict())
+    quantized = quantize(model, config)
+    with torch.no_grad():
+        output, reference = quantized(ids), model(ids)
+        assert (output - reference).norm() / reference.norm() < 0.05
+        small, large = save_model(quantized, tmp_path / "int8"), save_model(model, tmp_path / "float")
+        assert size_on_disk(small) < 0.3 * size_on_disk(large)
+        assert torch.equal(load_model(small)(ids), output)
+        assert torch.equal(copy.deepcopy(quantized)(ids), output)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_an_lstm_gives_what_pytorchs_gives(bidirectional: bool, batch_first: bool) -> None:
+    torch.manual_seed(0)
+    lstm = nn.LSTM(16, 32, num_layers=2, bidirectional=bidirectional, batch_first=batch_first).eval()
+    x, (hidden, cell) = torch.randn(5, 7, 16), (torch.randn(2, 2 + 2 * bidirectional, 7 if not batch_first else 5, 32) * 0.1)
+    with torch.no_grad():
+        for state in (None, (hidden, cell)):
+            ours, theirs = Int8LSTM(lstm)(x, state), lstm(x, state)
+            for one, other in ((ours[0], theirs[0]), (ours[1][0], theirs[1][0]), (ours[1][1], theirs[1][1])):
+                assert one.shape == other.shape
+                assert (one - other).norm() / other.norm() < 0.05
+
+
+def test_a_model_that_is_an_lstm_or_a_linear_layer_is_not_left_alone() -> None:
+    assert isinstance(quantize(nn.LSTM(4, 4), DYNAMIC), Int8LSTM)
+    linear = quantize(nn.Linear(16, 16), DYNAMIC)
+    assert type(linear.weight.data) is not Tensor
+
+
+def test_an_embedding_is_within_half_a_step() -> None:
+    torch.manual_seed(0)
+    embedding = nn.Embedding(100, 32, padding_idx=0)
+    small = Int8Embedding(embedding)
+    rows = torch.arange(100)
+    step = embedding.weight.abs().amax(1, keepdim=True) / 127
+    assert ((small(rows) - embedding(rows)).abs() <= step / 2 + 1e-7).all()
+    assert small(torch.zeros(2, 3, dtype=torch.int64)).abs().max() == 0  # padding stays zero
+    assert torch.equal(small(rows), small.weight)
+
+
+def test_layers_kept_in_float_and_embeddings_by_choice(ids: Tensor) -> None:
+    quantized = quantize(text("lstm"), QuantConfig(mode="dynamic", keep_float=["lstm"], embedding_bit=32))
+    assert isinstance(quantized.lstm, nn.LSTM) and isinstance(quantized.embedding, nn.Embedding)
+    assert type(quantized.classifier.weight.data) is not Tensor
+
+
+def test_what_has_no_form_is_refused() -> None:
+    with pytest.raises(ModelError, match="mode='dynamic'"):
+        quantize(text("lstm"), WEIGHTS)
+    with pytest.raises(ModelError, match="mode='static'"):
+        quantize(nn.Conv2d(1, 1, 1), DYNAMIC)
+    with pytest.raises(ModelError, match="proj_size"):
+        quantize(nn.LSTM(8, 8, proj_size=4), DYNAMIC)
+    with pytest.raises(ModelError, match="embedding_bit=32"):
+        Int8Embedding(nn.Embedding(4, 4, max_norm=1.0))
+    with pytest.raises(ModelError, match="quantized already"):
+        quantize(quantize(nn.Linear(16, 16), DYNAMIC), DYNAMIC)
