@@ -283,6 +283,8 @@ def _milliseconds(value: float) -> str:
 
 
 def _megabytes(count: int) -> str:
+    if count < 1000:
+        return f"{count / 1e6:.1g}"
     return f"{count / 1e6:.{3 if count < 1e6 else 2 if count < 1e8 else 1}f}"
 
 
