@@ -33,9 +33,13 @@ class CompareConfig(Config):
         max_length=4,
         description="Samples a call, at which latency is measured; the last is also used for accuracy and peak memory.",
     )
-    rounds: int = Field(40, ge=3, description="Calls timed for each variant and batch size, in turns.")
+    rounds: int = Field(
+        40, ge=3, description="Calls timed for each variant and batch size, in turns.", json_schema_extra=hint(advanced=True)
+    )
     seconds: float = Field(30.0, gt=0, description="Stop timing after so many seconds, once 3 rounds are done.")
-    threads: int | None = Field(None, ge=1, description="CPU threads; by default as many as PyTorch uses now.")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads; by default as many as PyTorch uses now.", json_schema_extra=hint(advanced=True)
+    )
     compile: bool = Field(True, description="Time compiled forms too, where there is a C++ compiler.")
     bf16: bool = Field(True, description="Time float variants compiled in bfloat16 as well: the simplest rival of INT8.")
     memory: bool = Field(True, description="Measure the peak memory of a call, by PyTorch's allocator.")
