@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -67,7 +68,8 @@ def openvino(source: nn.Module, config: QuantConfig, given: Any) -> tuple[OpenVI
         )
     ov, nncf = required("openvino", "openvino"), _nncf()
     content = onnx_file(source, given[0] if given else example_for(source))
-    kept = nncf.IgnoredScope(names=nodes_of(content, config.keep_float))
+    # A product with its bias becomes two nodes, the first named after it.
+    kept = nncf.IgnoredScope(patterns=[f"^{re.escape(name)}(/.*)?$" for name in nodes_of(content, config.keep_float)])
     with tempfile.TemporaryDirectory() as folder, quietly():
         (Path(folder) / "model.onnx").write_bytes(content)
         model = ov.convert_model(str(Path(folder) / "model.onnx"))
