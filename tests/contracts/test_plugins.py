@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from workbench import TrainConfig, train
 from workbench.artefact import load_model, save_model
 from workbench.attribution import METHODS, AttributionConfig, explain
+from workbench.compress import CRITERIA, PruneConfig
+from workbench.compress.plan import Plan
 from workbench.data.augment import Draw
 from workbench.data.cards import card_names, data_folder, read_card
 from workbench.data.config import AUGMENTATIONS, DataConfig
@@ -270,6 +272,30 @@ def test_an_attribution_leaves_the_model_alone_and_does_not_mix_samples(method: 
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+
+
+# -- pruning criteria -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_criterion_ranks_channels_and_leaves_the_model_alone(name: str) -> None:
+    torch.manual_seed(0)
+    blocks = [part for width in (2, 8) for part in (nn.Conv2d(width, 8, 3), nn.BatchNorm2d(8), nn.ReLU())]
+    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    for norm in (model[1], model[4]):
+        nn.init.normal_(norm.weight)
+    data = [(torch.randn(6, 2, 8, 8), torch.arange(6) % 4)]
+    before = copy.deepcopy(model.state_dict())
+    plan = Plan(model, PruneConfig(criterion=name, seed=3), data[0], data)
+    assert plan.groups
+    for group, scores in zip(plan.groups, plan.scores, strict=True):
+        assert scores.shape == (len(group.units),) and scores.isfinite().all()
+    assert max(scores.std() for scores in plan.scores) > 0
+    again = Plan(model, PruneConfig(criterion=name, seed=3), data[0], data)
+    assert all(torch.equal(one, other) for one, other in zip(plan.scores, again.scores, strict=True))
+    assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in plan.couplings.model.modules())
 
 
 # -- distillation terms, penalties ------------------------------------------------------------------------------------
