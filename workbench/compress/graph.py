@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -123,10 +124,12 @@ def observe_weights(prepared: GraphModule) -> None:
 
 def convert(prepared: GraphModule) -> GraphModule:
     """The INT8 graph, with its weights under the layers' own names and no fp32 copies of them."""
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+    from torchao.quantization.pt2e import quantize_pt2e
 
     owners = dict(_weight_owners(prepared))
-    module: Any = convert_pt2e(prepared)
+    # Where a batch normalization stands alone, torchao would look for patterns of its own QAT, for minutes; there are none.
+    with patch.object(quantize_pt2e, "_fold_conv_bn_qat", lambda graph: graph):
+        module: Any = quantize_pt2e.convert_pt2e(prepared)
     renamed: dict[str, str] = {}
     for node in module.graph.nodes:
         if node.name not in owners or node.args[1].target is not _OPS.dequantize_per_channel.default:
