@@ -148,11 +148,14 @@ def nearest(
     for _ in range(trials):
         guess = shortest(lambda k: 1 - work(k), length, 1 - aim)
         guess = length if guess is None else max(guess, 1)
-        if guess in shares:  # the line leads where we have been: look on the side where the answer must be
-            side = 1 if shares[guess] > wanted else -1
-            guess = next((k for k in range(guess + side, length + 1 if side > 0 else 0, side) if k not in shares), guess)
-            if guess in shares:
+        tried = {work(k): k for k in shares}
+        if (same := tried.get(work(guess))) is not None:  # we have been there: look on the side where the answer must be
+            side = 1 if shares[same] > wanted else -1
+            beyond = range(guess + side, length + 1 if side > 0 else 0, side)
+            found = next((k for k in beyond if work(k) not in tried), None)
+            if found is None:
                 break
+            guess = found
         shares[guess] = measured(guess)
         if abs(shares[guess] / wanted - 1) <= tolerance:
             break
