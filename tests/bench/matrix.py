@@ -147,6 +147,8 @@ def check(name: str, size: int, folder: Path) -> Iterator[Row]:
                 what, works = act(), True
         except WorkbenchError as error:
             what, works = str(error), None
+        except torch._dynamo.exc.Unsupported as error:  # torch.export's own refusal
+            what, works = f"torch.export: {str(error).partition(chr(10) + chr(10))[0]}", None
         except Exception as error:  # a crash is a result here
             what, works = f"{type(error).__name__}: {error}", False
             if not isinstance(error, Failure):

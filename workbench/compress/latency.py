@@ -103,31 +103,21 @@ def timed_call(
         form: auto compiles on a CPU with a compiler, and captures the eager calls as a graph on CUDA.
         dtype: ``torch.bfloat16`` runs under autocast.
     """
-    if x.is_cuda:
-        return _on_cuda(model, x, form, dtype)
-    if form == "compiled" or (form == "auto" and has_compiler()):
+    captures = x.is_cuda and form == "auto"
+    if form == "compiled" or (form == "auto" and not captures and has_compiler()):
         fast = compiled(model, dtype)
         return lambda: fast(x), "compiled"
+    lower = dtype != torch.float32
 
-    def eager() -> Any:
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return model(x)
+    def eager(given: torch.Tensor) -> Any:
+        # Autocast's cache of weights would be freed between captured calls.
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=lower, cache_enabled=not captures):
+            return model(given)
 
-    return eager, "eager"
-
-
-def _on_cuda(model: nn.Module, x: torch.Tensor, form: Form, dtype: torch.dtype) -> tuple[Callable[[], Any], str]:
-    module = torch.compile(model, mode="reduce-overhead", dynamic=False) if form == "compiled" else model
-
-    def call(given: torch.Tensor) -> Any:
-        # The cache of cast weights would be freed between captured calls.
-        with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype != torch.float32, cache_enabled=form != "auto"):
-            return module(given)
-
-    if form != "auto":
-        return lambda: call(x), form
-    captured = Captured(call)
-    return lambda: captured(x), "captured"
+    if captures:
+        captured = Captured(eager)
+        return lambda: captured(x), "captured"
+    return lambda: eager(x), "eager"
 
 
 def _synchronizer() -> Callable[[], None]:
