@@ -23,13 +23,21 @@ class QuantizePanel(ActionPanel):
     empty = "A quantized model appears here, beside the original."
 
     def _code_for(self, run: Run, config: QuantConfig, name: str) -> str:
-        static = config.mode == "static"
-        return preamble(run, ("QuantConfig", "quantize", "save_model")) + (
-            f"{CALIBRATION if static else ''}"
+        learned, names = config.mode == "qat", ["QuantConfig", "quantize", "save_model"]
+        if learned:
+            steps = (
+                f"prepared = QuantAwareTraining(model, {config.to_code()}, held_out[0]).prepare()\n"
+                'gently = {"epochs": max(1, run.config.epochs // 10), "optim.lr": run.config.optim.lr / 10}\n'
+                "quantized = quantize(train(run.config.override(gently), model=prepared, root=run.path.parent).model)\n"
+            )
+        else:
+            samples = ", calibration" if config.mode == "static" else ""
+            steps = f"quantized = quantize(model, {config.to_code()}{samples})\n"
+        return preamble(run, sorted([*names, *(["QuantAwareTraining", "train"] if learned else [])])) + (
+            f"{CALIBRATION if config.mode == 'static' else ''}"
             "model = run.load_model()\n"
-            f"quantized = quantize(model, {config.to_code()}{', calibration' if static else ''})\n"
+            f"{steps}"
             f'folder = save_model(quantized, run.path / "variants" / {name!r})\n'
-            "measure = CompareConfig(seconds=10, attributions=0)\n"
-            'comparison = compare({"original": model, "quantized": quantized}, held_out, measure)\n'
+            'comparison = compare({"original": model, "quantized": quantized}, held_out, CompareConfig(seconds=10))\n'
             'comparison.to_html(folder / "comparison.html")\n'
         )

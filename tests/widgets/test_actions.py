@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from widgets import ComparePanel, PrunePanel, QuantizePanel, TrainPanel, Workbench
+from workbench.artefact import read_structure
 from workbench.compress.pruning_config import PruneConfig
+from workbench.compress.quantization_config import QuantConfig
 from workbench.run import Run
 from workbench.training.config import TrainConfig
 
@@ -124,3 +126,16 @@ def test_fine_tuning_fills_in_the_training_form(run: Run, until: Any) -> None:
     until(lambda: bench.tab == "Train")
     assert bench.train.config.model.name.endswith("prune-1")
     bench.close()
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "qat"])
+def test_quantize_makes_the_model_that_the_form_describes(run: Run, until: Any, mode: str) -> None:
+    panel = QuantizePanel(run, QuantConfig(mode=mode))
+    _ = panel.view
+    before = len(panel.jobs)
+    panel._button.act("act")
+    until(lambda: len(panel.jobs) > before and {job.status for job in panel.jobs} <= {"finished", "failed"}, timeout=150)
+    assert all(job.status == "finished" for job in panel.jobs), [job.problem() for job in panel.jobs]
+    made = {read_structure(job.folder)["transforms"][-1]["config"]["mode"]: job.folder for job in panel.jobs}
+    assert (made[mode] / "comparison.html").is_file()
+    panel.close()
