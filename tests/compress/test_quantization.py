@@ -1,6 +1,7 @@
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,3 +186,53 @@ def test_errors_name_the_remedy(model):
         quantize(nn.Conv2d(1, 1, 1), QuantConfig(mode="dynamic"))
     with pytest.raises(ConfigError, match="weight_bit=4"):
         QuantConfig(weight_bit=4)
+
+
+def test_the_classic_call_says_what_to_pass_and_then_works(model, x):
+    config = QuantConfig(activation_bit=8, weight_bit=8, quant_scheme="symmetric")
+    with pytest.raises(DataError, match="Pass data="):
+        Quantizer(model, config).quantize()
+    ranges = Quantizer(model, config, x).quantize().structure.transforms[-1]["activations"]
+    assert {zero for _, zero in ranges.values()} <= {0, 128}
+
+
+def test_layers_kept_in_float_are_those_that_a_pattern_means(model, x, tmp_path):
+    mixed = quantize(model, QuantConfig(keep_float=["stages.0", "*classifier"]), x)
+    state = mixed.state_dict()
+    kept = {name for name, tensor in state.items() if name.endswith(".weight") and tensor.dtype == torch.float32}
+    layers = {f"graph.{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    assert kept == {name for name in layers if "stages.0." in name or "classifier" in name}
+    save_model(mixed, tmp_path)
+    assert torch.equal(load_model(tmp_path)(x), mixed(x))
+    with pytest.raises(ConfigError, match="matches no layer"):
+        quantize(model, QuantConfig(keep_float=["nowhere"]), x)
+
+
+def test_one_scale_for_a_whole_weight(model, x):
+    state = quantize(model, QuantConfig(granularity="tensor"), x).state_dict()
+    scales = [tensor for name, tensor in state.items() if name.endswith("weight_scale")]
+    assert scales and all((scale == scale[0]).all() for scale in scales)
+
+
+@pytest.mark.parametrize("observer", ["minmax", "moving_average", "percentile", "entropy"])
+def test_each_observer_stays_close(model, x, observer):
+    with torch.no_grad():
+        reference = model(x)
+        quantized = quantize(model, QuantConfig(observer=observer), x)(x)
+    assert (quantized - reference).norm() / reference.norm() < 0.08
+
+
+def test_a_model_of_ids_is_quantized_and_reloads(tmp_path):
+    ids = torch.randint(1, 50, (32, 12))
+    model = build_model(ModelConfig(name=f"{Path(__file__).with_name('nets.py')}:tokens", num_classes=10)).eval()
+    quantized = quantize(model, QuantConfig(), ids)
+    with torch.no_grad():
+        assert (quantized(ids) - model(ids)).norm() / model(ids).norm() < 0.05
+    save_model(quantized, tmp_path)
+    assert torch.equal(load_model(tmp_path)(ids), quantized(ids))
+
+
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+def test_what_breaks_a_compiled_graph_is_named_by_line():
+    with pytest.raises(ModelError, match=r"test_quantization\.py:\d+ .*if x\.sum\(\) > 0.*torch\.where"):
+        compiled(Branching())(torch.randn(4, 4))

@@ -156,10 +156,14 @@ def _divergence(seen: Seen, low: float, high: float, config: QuantConfig) -> Ten
     inside = (x >= low) & (x <= high)
     if int(inside.sum()) < 2**config.activation_bit // 2:  # fewer bins than levels: nothing would be lost, and all be clipped
         return torch.tensor(float("inf"), dtype=torch.float64)
-    kept = seen.counts[inside]
+    # Zeros are always exact: the many that a ReLU gives must not seem spread over their level.
+    counts = torch.where(x.abs() <= (x[1] - x[0]).abs() / 2 * (1 + 1e-9), 0.0, seen.counts)
+    if not counts.any():
+        return torch.zeros((), dtype=torch.float64)
+    kept = counts[inside]
     reference = kept.clone()
-    reference[0] += seen.counts[x < low].sum()
-    reference[-1] += seen.counts[x > high].sum()
+    reference[0] += counts[x < low].sum()
+    reference[-1] += counts[x > high].sum()
     ends = torch.tensor([low, high], dtype=torch.float64)
     scale, zero = scale_and_zero_point(ends[0], ends[1], config)
     level = (torch.round(x[inside] / scale) + zero).clamp(0, 2**config.activation_bit - 1).long()
@@ -167,7 +171,7 @@ def _divergence(seen: Seen, low: float, high: float, config: QuantConfig) -> Ten
     sums, sizes = torch.zeros(2, 2**config.activation_bit, dtype=torch.float64).unbind()
     sums, sizes = sums.index_add(0, level, kept), sizes.index_add(0, level, filled)
     spread = (sums / sizes.clamp(min=1))[level] * filled
-    p, q = reference / reference.sum(), spread / spread.sum()
+    p, q = reference / reference.sum(), spread / spread.sum().clamp(min=1e-300)
     used = p > 0
     # What is clipped lies where nothing may have been: a little is taken to lie there, as other calibrators do.
     q = torch.where(q > 0, q, _SMOOTHED)
