@@ -73,7 +73,7 @@ class _Compiled(nn.Module):
         self.cuda_device = any(tensor.is_cuda for tensor in self.model.state_dict().values())
         quantized = any(transform["kind"] == "quantize" for transform in self.structure.transforms)
         self._options = self._inductor_options(quantized)
-        options: dict[str, Any] = {"guard_filter_fn": _only_inputs, "max_autotune": tune}
+        options: dict[str, str | int | bool | Callable[..., Any]] = {"guard_filter_fn": _only_inputs, "max_autotune": tune}
         # A recurrent layer is a call of its own between two graphs; anything else that breaks a graph is an error.
         # Left to itself, a second batch size would get one kernel for all sizes, which is slower. In a tuple: a compiled module
         # set as an attribute would be a submodule, and its weights would count twice.
