@@ -139,6 +139,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.slow
 def test_pruned_twice_reloads_bit_equal_in_a_fresh_process(tmp_path):
     for name, (args, kind) in CHAINS.items():
         torch.manual_seed(0)

@@ -247,6 +247,13 @@ def _trace(model: nn.Module, x: torch.Tensor) -> _Graph:
     return graph
 
 
+def _release(graph: _Graph) -> None:
+    """Let go of the model: the graph's nodes hold one another, and would keep it until garbage is collected."""
+    for node in graph.module2node.values():
+        node.inputs, node.outputs, node.dependencies = [], [], []
+    graph.module2node = {}
+
+
 def cut(source: nn.Module, x: torch.Tensor, cuts: Cuts, heads: bool = False) -> nn.Module:
     """A copy of ``source`` without the channels of ``cuts``.
 
@@ -256,7 +263,9 @@ def cut(source: nn.Module, x: torch.Tensor, cuts: Cuts, heads: bool = False) -> 
     """
     model = copy.deepcopy(source)
     with explained(source):
-        _trace(model, x).load_pruning_history([list(step) for step in cuts])
+        graph = _trace(model, x)
+        graph.load_pruning_history([list(step) for step in cuts])
+        _release(graph)
     refresh_attention(model, source, heads)
     return model
 
@@ -276,6 +285,7 @@ def survivors(
         for buffer in coded.buffers():
             buffer.data = torch.arange(buffer.numel()).view(buffer.shape)
         graph.load_pruning_history([list(step) for step in cuts])
+        _release(graph)
     refresh_attention(coded, source, heads)
     layers: dict[str, Any] = {}
     positions: dict[str, torch.Tensor] = {}
