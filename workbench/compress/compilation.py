@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import logging
 import os
 import shutil
@@ -60,6 +61,10 @@ def import_quietly(module: str) -> ModuleType:
             logger.setLevel(level)
 
 
+_ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+"""Whether this PyTorch keeps what it compiles for one model apart from another of its class."""
+
+
 class _Compiled(nn.Module):
     def __init__(self, model: nn.Module, dtype: torch.dtype, tune: bool) -> None:
         super().__init__()
@@ -73,13 +78,15 @@ class _Compiled(nn.Module):
         self.cuda_device = any(tensor.is_cuda for tensor in self.model.state_dict().values())
         quantized = any(transform["kind"] == "quantize" for transform in self.structure.transforms)
         self._options = self._inductor_options(quantized)
-        options: dict[str, str | int | bool | Callable[..., Any]] = {"guard_filter_fn": _only_inputs, "max_autotune": tune}
         # A recurrent layer is a call of its own between two graphs; anything else that breaks a graph is an error.
         # Left to itself, a second batch size would get one kernel for all sizes, which is slower. In a tuple: a compiled module
         # set as an attribute would be a submodule, and its weights would count twice.
         whole = not any(isinstance(module, nn.RNNBase) or type(module).__name__ == "Int8LSTM" for module in self.model.modules())
-        # Isolated: models of one class share compiled code otherwise, and with the guards gone one would answer for another.
-        self._call = (torch.compile(self.model, dynamic=False, fullgraph=whole, isolate_recompiles=True, options=options),)
+        settings: dict[str, Any] = {"options": {"max_autotune": tune}}
+        if _ISOLATES:
+            # Models of one class share compiled code otherwise, and with the guards gone one would answer for another.
+            settings = {"isolate_recompiles": True, "options": {"max_autotune": tune, "guard_filter_fn": _only_inputs}}
+        self._call = (torch.compile(self.model, dynamic=False, fullgraph=whole, **settings),)
         self._seen: set[tuple[Any, ...]] = set()
         self._run: Callable[[torch.Tensor], Any] = Captured(self._compiled) if self.cuda_device else self._compiled
 
