@@ -192,6 +192,16 @@ def test_a_model_of_ids_trains_and_converts(tmp_path: Path) -> None:
         assert torch.equal(load_model(tmp_path / "int8")(ids), int8(ids))
 
 
+def test_a_transformer_whose_modules_return_tuples() -> None:
+    ids = torch.randint(1, 100, (8, 12))
+    config = ModelConfig(name="bert_small", num_classes=4, args={"vocab_size": 100, "layers": 1, "width": 32, "length": 16})
+    model = QuantAwareTraining(build_model(config), QAT, ids).prepare()
+    model.train()(ids)
+    with torch.no_grad():
+        simulated, computed = model.eval()(ids), quantize(model)(ids)
+    torch.testing.assert_close(simulated, computed, rtol=0.02, atol=0.01)
+
+
 @pytest.mark.filterwarnings("ignore:.*of the parameters went:UserWarning")
 def test_pruned_then_trained_then_int8(x: Tensor, tmp_path: Path) -> None:
     model = QuantAwareTraining(prune(build(), PruneConfig(ratio=0.3), x), QAT, x).prepare()

@@ -176,6 +176,8 @@ def test_what_cannot_be_exported_is_named_by_line():
 
 
 def test_errors_name_the_remedy(model):
+    with pytest.raises(ModelError, match="recurrent layers 1 have no INT8 form.*mode='dynamic'"):
+        quantize(nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4)), QuantConfig(), torch.randn(2, 3, 4))
     with pytest.raises(DataError, match="Pass data="):
         quantize(model, QuantConfig())
     with pytest.raises(DataError, match="dict"):

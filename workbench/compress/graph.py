@@ -62,8 +62,14 @@ def export_graph(source: nn.Module, x: Tensor) -> GraphModule:
     """``source`` as a graph for inputs like ``x`` [N, ...], any N from 1.
 
     Raises:
-        ModelError: it can't be exported; the message names the line.
+        ModelError: it can't be exported; the message names the line. Or it has recurrent layers.
     """
+    recurrent = [name or type(source).__name__ for name, module in source.named_modules() if isinstance(module, nn.RNNBase)]
+    if recurrent:
+        raise ModelError(
+            f"The recurrent layers {', '.join(recurrent[:3])} have no INT8 form with fixed ranges.",
+            "Use mode='dynamic', which has one for LSTMs.",
+        )
     batch = torch.export.Dim("batch", min=1, max=65535)
     example = torch.cat([x, x])[:2]  # with one sample, export would fix the batch size to 1
     try:

@@ -40,10 +40,11 @@ def rounding_points(source: nn.Module, x: Tensor, config: QuantConfig) -> dict[s
     """
     exported = export_graph(source, x)
     plain = _single_operations(source, exported)
+    outputs = _module_outputs(source, x, exported)
     left = {node.name for node in exported.graph.nodes if (layer := layer_of(node)) is not None and layer not in plain}
     while True:
         prepared = prepare(copy.deepcopy(exported), config, (*FLOAT_OPERATIONS, *left))
-        found = _points(source, exported, prepared)
+        found = _points(exported, prepared, outputs)
         if not found["unplaced"]:
             break
         left |= set(found["unplaced"])
@@ -53,9 +54,8 @@ def rounding_points(source: nn.Module, x: Tensor, config: QuantConfig) -> dict[s
     return found | {"left": sorted(left)}
 
 
-def _points(source: nn.Module, exported: GraphModule, prepared: GraphModule) -> dict[str, Any]:
+def _points(exported: GraphModule, prepared: GraphModule, outputs_of: dict[str, str]) -> dict[str, Any]:
     norms = _folded_norms(exported, prepared)
-    outputs_of = _module_outputs(source, exported)
     groups: dict[int, list[tuple[str, Node]]] = defaultdict(list)  # observers shared by values are one range
     for value, observer in observed(prepared):
         groups[id(prepared.get_submodule(str(observer.target)))].append((value, observer))
@@ -117,9 +117,10 @@ def _folded_norms(exported: GraphModule, prepared: GraphModule) -> dict[str, tup
     return found
 
 
-def _module_outputs(source: nn.Module, exported: GraphModule) -> dict[str, str]:
-    """{node: innermost module whose only output is that node's value}."""
+def _module_outputs(source: nn.Module, x: Tensor, exported: GraphModule) -> dict[str, str]:
+    """{node: innermost module that returns that node's value, and nothing else}."""
     names = dict(source.named_modules())
+    returns_one = _returning_tensors(source, x)
     leaving: dict[str, set[str]] = defaultdict(set)
     paths = {node: _path(node, names) for node in exported.graph.nodes}
     for node, path in paths.items():
@@ -129,9 +130,30 @@ def _module_outputs(source: nn.Module, exported: GraphModule) -> dict[str, str]:
     found: dict[str, str] = {}
     for node, path in paths.items():
         for module in reversed(path):
-            if leaving[module] == {node.name} and not isinstance(names[module], nn.Sequential):
+            if leaving[module] == {node.name} and module in returns_one:
                 found[node.name] = module
                 break
+    return found
+
+
+def _returning_tensors(source: nn.Module, x: Tensor) -> set[str]:
+    """Modules, but no sequences of others, that return a tensor by itself."""
+    found: set[str] = set()
+
+    def watch(name: str) -> Any:
+        def see(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not isinstance(module, nn.Sequential):
+                found.add(name)
+
+        return see
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in source.named_modules()]
+    try:
+        with torch.no_grad():
+            source(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return found
 
 
