@@ -7,9 +7,12 @@ the weights), and the most that one call holds on top.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +35,7 @@ def _on_cpu(call: Callable[[], Any]) -> tuple[int, int]:
     from torch.profiler import ProfilerActivity, profile
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes of its starts and stops to the terminal
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _errors_only(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
         gc.collect()  # what compiling left in circles isn't kept
     changes: list[tuple[int, int]] = []
@@ -56,3 +59,18 @@ def _on_cuda(call: Callable[[], Any]) -> tuple[int, int]:
     call()
     torch.cuda.synchronize()
     return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Keep to itself what PyTorch's C++ side warns of: that blocks from before the profile are freed in it."""
+    try:
+        level = ctypes.c_int.in_dll(ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so")), "FLAGS_caffe2_log_level")
+    except (OSError, ValueError):  # another platform names it otherwise
+        yield
+        return
+    before, level.value = level.value, 2
+    try:
+        yield
+    finally:
+        level.value = before

@@ -144,7 +144,7 @@ class Moved:
     """The input as a data URI; empty where it is no image, or moved less than others."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """What :func:`compare` found; shows itself in a notebook.
 
@@ -228,7 +228,7 @@ class Comparison:
 
         return fragment(self)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         from workbench.comparison.page import text
 
         return text(self)
