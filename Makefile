@@ -39,7 +39,8 @@ demo: $(INSTALLED)  ## train, prune, quantize and compare: runs the quickstart n
 	@echo "The executed notebook: $(OUT)/demo/01_quickstart.ipynb"
 
 test: $(INSTALLED) $(BROWSER)  ## every test, then every tutorial notebook
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not ui" --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m ui
 	WORKBENCH_RUNS="$(CURDIR)/$(OUT)/test/runs" $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --timeout=600 notebooks/tutorials
 
 browser: $(BROWSER)
