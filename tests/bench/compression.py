@@ -27,12 +27,13 @@ CONFIGS = {
         epochs=12,
     ),
     "cifar10": TrainConfig(
-        data={"name": "cifar10", "batch_size": 512},
+        data={"name": "cifar10", "batch_size": 512, "augment": ["reflect_crop", "flip", "cutout"]},
         model={"name": "resnet18_cifar"},
         optim={"name": "sgd", "lr": 0.4},
-        schedule={"warmup": 0.15},
+        schedule={"warmup": 0.1},
         loss={"args": {"label_smoothing": 0.1}},
-        epochs=50,
+        ema=0.999,
+        epochs=160,
         precision="auto",
         compile="auto",
         eval_every=10,
@@ -67,8 +68,8 @@ def quantize_and_compare(name: str, folder: Path, limit: int | None) -> None:
     data = DataConfig(**(CONFIGS[name].data.model_dump() | {"eval_batch_size": 250, "augment": []}))
     held_out = load_batches(data)[: limit and max(1, limit // 250)]
     to_calibrate = load_batches(DataConfig(**(data.model_dump() | {"limit": 1024})), "train")
-    variants = {part: load_model(folder / part) for part in ("baseline", "pruned")}
-    for part in ("baseline", "pruned"):
+    variants = {part: load_model(folder / part) for part in ("baseline", "pruned") if (folder / part).exists()}
+    for part in list(variants):
         variants[f"{part} INT8"] = quantize(variants[part], QuantConfig(mode="static", calibration_samples=512), to_calibrate)
         save_model(variants[f"{part} INT8"], folder / f"{part}-int8")
     result = compare(variants, held_out, CompareConfig(seconds=60))
