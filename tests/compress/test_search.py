@@ -127,7 +127,7 @@ def test_the_fastest_rounds_decide():
 
 @pytest.mark.parametrize("ratio", [0.2, 0.4, 0.6])
 def test_pruned_to_a_latency(ratio, monkeypatch):
-    """On a machine whose time is known: a fixed part, the work, and 3 % of noise. The real clock is for tests/bench/latency.py."""
+    """On a machine whose time is known: a fixed part, the work, and 3 % of noise. The real clock is for the bench."""
     from workbench.compress import plan
     from workbench.compress.cost import count_macs
 
