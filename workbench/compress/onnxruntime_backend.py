@@ -21,40 +21,29 @@ import torch
 from torch import Tensor, nn
 
 from workbench.compress.compilation import first_line, where
+from workbench.compress.file_model import FileModel
 from workbench.compress.graph import layers_matching
 from workbench.compress.quantization_config import QuantConfig
 from workbench.errors import ConfigError, MissingDependency, ModelError
 
 
-class OnnxModel(nn.Module):
-    """An ONNX file that is called like the model it came from, on the CPU, with as many threads as PyTorch has."""
+class OnnxModel(FileModel):
+    """An ONNX file that is called like the model it came from, with as many threads as PyTorch has."""
 
-    file: Tensor
+    runtime = "An ONNX file"
 
     def __init__(self, content: bytes) -> None:
-        super().__init__()
-        self.register_buffer("file", torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        self.training = False
-        self._session: Any = None
+        super().__init__(file=content)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._session is None:
-            ort = required("onnxruntime")
-            options = ort.SessionOptions()
-            options.intra_op_num_threads = torch.get_num_threads()
-            content = self.file.numpy().tobytes()
-            self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        (output,) = self._session.run(None, {self._session.get_inputs()[0].name: x.detach().cpu().contiguous().numpy()})
+    def _open(self) -> Any:
+        ort = required("onnxruntime")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        return ort.InferenceSession(self._content("file"), options, providers=["CPUExecutionProvider"])
+
+    def _run(self, opened: Any, x: Tensor) -> Tensor:
+        (output,) = opened.run(None, {opened.get_inputs()[0].name: x.numpy()})
         return torch.from_numpy(output)
-
-    def train(self, mode: bool = True) -> OnnxModel:
-        """Evaluation mode is all there is."""
-        if mode:
-            raise ModelError("An ONNX file doesn't train.", "Fine-tune the model first, then quantize it.")
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_session": None}  # a copy opens its own
 
 
 def onnxruntime(source: nn.Module, config: QuantConfig, given: Any) -> tuple[OnnxModel, dict[str, Any]]:

@@ -12,44 +12,28 @@ import torch
 from torch import Tensor, nn
 
 from workbench.compress.compilation import import_quietly
+from workbench.compress.file_model import FileModel
 from workbench.compress.onnxruntime_backend import example_for, nodes_of, onnx_file, quietly, required
 from workbench.compress.quantization_config import QuantConfig
-from workbench.errors import ConfigError, ModelError
+from workbench.errors import ConfigError
 
 
-class OpenVINOModel(nn.Module):
-    """An OpenVINO model that is called like the model it came from, on the CPU, with as many threads as PyTorch has.
+class OpenVINOModel(FileModel):
+    """An OpenVINO model, its description and its weights, called like the model it came from, with as many threads as PyTorch."""
 
-    Its description and its weights are buffers, so that they are saved like weights.
-    """
-
-    xml: Tensor
-    weights: Tensor
+    runtime = "An OpenVINO model"
 
     def __init__(self, xml: bytes, weights: bytes) -> None:
-        super().__init__()
-        for name, content in (("xml", xml), ("weights", weights)):
-            self.register_buffer(name, torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        self.training = False
-        self._request: Any = None
+        super().__init__(xml=xml, weights=weights)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._request is None:
-            core = required("openvino", "openvino").Core()
-            model = core.read_model(self.xml.numpy().tobytes(), self.weights.numpy().tobytes())
-            settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
-            self._request = core.compile_model(model, "CPU", settings).create_infer_request()
-        result = self._request.infer({0: x.detach().cpu().contiguous().numpy()}, share_inputs=True)
-        return torch.from_numpy(result[0].copy())
+    def _open(self) -> Any:
+        core = required("openvino", "openvino").Core()
+        model = core.read_model(self._content("xml"), self._content("weights"))
+        settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+        return core.compile_model(model, "CPU", settings).create_infer_request()
 
-    def train(self, mode: bool = True) -> OpenVINOModel:
-        """Evaluation mode is all there is."""
-        if mode:
-            raise ModelError("An OpenVINO model doesn't train.", "Fine-tune the model first, then quantize it.")
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_request": None}  # a copy opens its own
+    def _run(self, opened: Any, x: Tensor) -> Tensor:
+        return torch.from_numpy(opened.infer({0: x.numpy()}, share_inputs=True)[0].copy())
 
 
 def openvino(source: nn.Module, config: QuantConfig, given: Any) -> tuple[OpenVINOModel, dict[str, Any]]:
