@@ -28,7 +28,7 @@ from workbench import QuantConfig, quantize, save_model
 from workbench.artefact import size_on_disk
 from workbench.compress import compiled
 from workbench.compress.latency import latency_of
-from workbench.compress.onnxruntime_backend import onnx_file, required
+from workbench.compress.onnxruntime_backend import OnnxModel, onnx_file, required
 from workbench.models import ModelConfig, build_model
 
 IMAGES = ("resnet18", "resnet50", "mobilenetv3_large_100")
@@ -67,18 +67,10 @@ def variants(name: str, model: nn.Module, x: Tensor) -> dict[str, tuple[Callable
         openvino = quantize(model, QuantConfig(backend="openvino"), x[:16])
         found["openvino INT8"] = (openvino, saved(openvino))
     content = onnx_file(model, x[:1])
-    found["onnxruntime fp32"] = (onnxruntime_call(content), len(content))
+    found["onnxruntime fp32"] = (OnnxModel(content), len(content))
     for precision in ("f32", "bf16"):
         found[f"openvino {precision.replace('f32', 'fp32')}"] = (openvino_call(content, precision), None)
     return found
-
-
-def onnxruntime_call(content: bytes) -> Callable[[Tensor], Any]:
-    ort = required("onnxruntime")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
 
 def openvino_call(content: bytes, precision: str) -> Callable[[Tensor], Any]:
