@@ -1,31 +1,35 @@
 """What pruning costs on CIFAR-10: ResNet-18 cut by 30 %, 50 % and further, three seeds, beside torch-pruning's own flow.
 
-    python -m tests.bench.pruning --folder out/pruning                     # everything, hours on a CPU, half an hour on a GPU
-    CUDA_VISIBLE_DEVICES=1 python -m tests.bench.pruning --seeds 1 --stages first
-    python -m tests.bench.pruning --stages report
+    python -m tests.bench.pruning --folder out/pruning            # everything, then the report; days on a CPU, an hour on a GPU
+    CUDA_VISIBLE_DEVICES=1 python -m tests.bench.pruning &        # start more of them, on any GPU: they share the work
+    python -m tests.bench.pruning --report
 
-Stages, each skipping what its folder already holds, so that they may run one by one and seeds beside each other:
+What is made, each in a folder of its own that says when it is done, so that all may stop at any time and go on later:
 
-* ``first``     — a ResNet-18 for each seed.
-* ``baseline``  — a ResNet-18 for each seed, learning from the mean of the first ones as well: the model to prune.
-* ``prune``     — the baseline pruned and tuned, learning from the same mean; each ratio on the baseline itself.
+* ``first``     — a ResNet-18 for each of four seeds, half of them on mixed images; ``teacher`` is their mean.
+* ``baseline``  — a ResNet-18 for each of three seeds that learns from the teacher: the model to prune.
+* ``pruned``    — the baseline pruned and tuned, learning from the same teacher; each ratio on the baseline itself.
+* ``alone``     — the same without the teacher: what learning from it gains.
 * ``peer``      — the baseline pruned as torch-pruning's CIFAR benchmark does it (group norms, globally, 400 small steps), and
   tuned as there (SGD 0.01, batch 128, decay at 60 % and 80 %), for as many epochs.
-* ``report``    — test accuracy of each, the change against its baseline on the same images with its interval, the highest cut
-  that holds on the held-out training images.
 
-2,000 training images are held out from all training, to choose on; the 5,000 test images only report.
+The report has the test accuracy of each, the change against its baseline on the same images with its interval, and the same
+on 2,000 training images held out from all training, to choose by; the 5,000 test images only report.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
-import os
 import statistics
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +44,13 @@ from workbench.models.structure import count_parameters
 from workbench.storage import write_atomic
 
 CUDA = torch.cuda.is_available()
+START = time.monotonic()
 HELD_OUT = 2000
-RATIOS = (0.3, 0.5, 0.8, 0.9)
-PEER_RATIOS = (0.3, 0.5, 0.8)
+SEEDS = (0, 1, 2)
+TEACHERS = 4
+RATIOS = (0.5, 0.8, 0.9, 0.3)
+PEER_RATIOS = (0.5, 0.8, 0.3)
+SAMPLE = torch.zeros(1, 3, 32, 32)
 
 
 def recipe(seed: int, epochs: int, **changes: Any) -> TrainConfig:
@@ -57,7 +65,6 @@ def recipe(seed: int, epochs: int, **changes: Any) -> TrainConfig:
         model={"name": "resnet18_cifar"},
         optim={"name": "sgd", "lr": 0.4},
         schedule={"warmup": 0.1},
-        loss={"args": {"label_smoothing": 0.1}},
         ema=0.999,
         precision="bf16",
         compile="reduce-overhead" if CUDA else "off",
@@ -69,37 +76,52 @@ def recipe(seed: int, epochs: int, **changes: Any) -> TrainConfig:
     return config.override({name.replace("__", "."): value for name, value in changes.items()})
 
 
-def learning(teacher: Path) -> dict[str, Any]:
-    """Settings of learning from ``teacher``: mostly its softened outputs."""
-    return {
-        "distill": {"teacher": str(teacher), "terms": {"soft": 0.9}, "task": 0.1, "temperature": 3.0},
-        "loss__args": {},
-    }
+@dataclass(frozen=True)
+class Task:
+    """Something to be made in the folder ``name``, once what it needs is there."""
+
+    name: str
+    make: Callable[[], None]
+    needs: Sequence[str] = ()
 
 
 class Bench:
-    """The folder of all models and results; ``seed-S/NAME`` holds a model and ``result.json``."""
+    """The folder of all models and results; each has a folder there, with a model and, once it is done, ``result.json``."""
 
-    def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
-        self.folder, self.arguments = folder, arguments
-        self.small = {} if CUDA or arguments.full else {"data.limit": 4000, "model.args": {"width": 8}, "precision": "fp32"}
-        limit = {} if not self.small else {"limit": 4000}
-        common = {"name": "cifar10", "eval_batch_size": 500, **limit}
+    def __init__(self, folder: Path, full: bool) -> None:
+        self.folder = folder
+        self.epochs, self.tuning = (120, 40) if full else (1, 2)
+        self.small = {} if full else {"data.limit": 4000, "data.holdout": 500, "model.args": {"width": 8}, "precision": "fp32"}
+        common = {"name": "cifar10", "eval_batch_size": 500, **({} if full else {"limit": 4000})}
         self.parts = {
             "test": load_batches(DataConfig(**common)),
-            "held_out": load_batches(DataConfig(**common, holdout=HELD_OUT if not self.small else 500)),
+            "held_out": load_batches(DataConfig(**common, holdout=HELD_OUT if full else 500)),
         }
-        if self.small:
-            self.small["data.holdout"] = 500
 
-    def has(self, seed: int, name: str) -> bool:
-        return (self.folder / f"seed-{seed}" / name / "result.json").exists()
+    def work(self) -> None:
+        """Make whatever is missing and not being made by another process, until everything is there."""
+        while missing := [task for task in self.tasks() if not self.has(task.name)]:
+            for task in missing:
+                if all(map(self.has, task.needs)):
+                    with claimed(self.folder / task.name) as mine:
+                        if mine and not self.has(task.name):
+                            task.make()
+                            break  # from the top: something that matters more may have become possible
+            else:
+                time.sleep(1)
 
-    def model(self, seed: int, name: str) -> nn.Module:
-        return load_model(self.folder / f"seed-{seed}" / name)
+    def has(self, name: str) -> bool:
+        return (self.folder / name / "result.json").exists()
 
-    def keep(self, seed: int, name: str, model: nn.Module, **facts: Any) -> None:
-        place = self.folder / f"seed-{seed}" / name
+    def model(self, name: str) -> nn.Module:
+        return load_model(self.folder / name)
+
+    def trained(self, config: TrainConfig, model: nn.Module | None = None) -> nn.Module:
+        with tempfile.TemporaryDirectory() as root:
+            return train(config.override(self.small), model=model, root=root).model
+
+    def keep(self, name: str, model: nn.Module, **facts: Any) -> None:
+        place = self.folder / name
         model = model.cpu().eval()
         save_model(model, place, weights_only=True)
         right = {part: correct(model, batches) for part, batches in self.parts.items()}
@@ -110,75 +132,99 @@ class Bench:
         }
         write_atomic(place / "result.json", json.dumps(result))
         shares = {part: f"{sum(hits) / len(hits):.2%}" for part, hits in right.items()}
-        print(f"seed {seed} {name:<16} {result['parameters']:>10,} parameters  {shares}  {facts}", flush=True)
+        passed = f"[{time.monotonic() - START:.0f} s]"
+        print(f"{passed:<9} {name:<20} {result['parameters']:>10,} parameters  {shares}  {facts}", flush=True)
 
-    def config(self, seed: int, epochs: int, **changes: Any) -> TrainConfig:
-        return recipe(seed, epochs, **changes).override(self.small)
+    # -- what is made ----------------------------------------------------------------------------------------------
 
-    # -- stages ---------------------------------------------------------------------------------------------------
+    def tasks(self) -> list[Task]:
+        """Everything to be made, what matters most first."""
+        teachers = [Task(f"seed-{seed}/first", partial(self.first, seed)) for seed in range(TEACHERS)]
+        teacher = Task("teacher", self.teacher, [task.name for task in teachers])
+        found = [*teachers, teacher]
+        for seed in SEEDS:
+            found.append(Task(f"seed-{seed}/baseline", partial(self.baseline, seed), ["teacher"]))
+        wanted = [("pruned", ratio) for ratio in RATIOS] + [("alone", RATIOS[1])] + [("peer", ratio) for ratio in PEER_RATIOS]
+        for kind, ratio in wanted:
+            for seed in SEEDS:
+                make = partial(getattr(self, kind), seed, ratio)
+                found.append(Task(f"seed-{seed}/{kind}-{ratio:g}", make, [f"seed-{seed}/baseline"]))
+        return found
 
     def first(self, seed: int) -> None:
-        with tempfile.TemporaryDirectory() as root:
-            self.keep(seed, "first", train(self.config(seed, self.arguments.epochs), root=root).model)
+        mixed = {"data__augment": ("reflect_crop", "flip"), "data__mix": "cutmix"} if seed % 2 else {}
+        self.keep(f"seed-{seed}/first", self.trained(recipe(seed, self.epochs, **mixed)))
 
-    def teacher(self) -> Path:
-        place = self.folder / "teacher"
-        if not (place / "structure.json").exists():
-            save_model(ensemble_of([self.model(seed, "first") for seed in self.arguments.teachers]).eval(), place)
-            right = correct(load_model(place), self.parts["test"])
-            print(f"teacher: {sum(right) / len(right):.2%} of the test images", flush=True)
-        return place
+    def teacher(self) -> None:
+        self.keep("teacher", ensemble_of([self.model(f"seed-{seed}/first") for seed in range(TEACHERS)]))
 
     def baseline(self, seed: int) -> None:
-        config = self.config(seed + 100, self.arguments.epochs, **learning(self.teacher()))
-        with tempfile.TemporaryDirectory() as root:
-            self.keep(seed, "baseline", train(config, root=root).model)
+        self.keep(f"seed-{seed}/baseline", self.trained(recipe(seed + 100, self.epochs, **self.learning())))
 
-    def prune(self, seed: int, ratio: float) -> None:
+    def pruned(self, seed: int, ratio: float) -> None:
+        self._pruned(f"seed-{seed}/pruned-{ratio:g}", seed, ratio, self.learning())
+
+    def alone(self, seed: int, ratio: float) -> None:
+        self._pruned(f"seed-{seed}/alone-{ratio:g}", seed, ratio, {})
+
+    def _pruned(self, name: str, seed: int, ratio: float, learning: dict[str, Any]) -> None:
         steps = 1 if ratio <= 0.5 else 2
-        epochs = max(1, self.arguments.tuning // steps)
-        tune = self.config(seed, epochs, optim__lr=0.2, ema=0.998, **learning(self.teacher()))
-        wanted = GradualConfig(ratio=ratio, steps=steps, schedule="geometric", criterion=self.arguments.criterion)
-        with tempfile.TemporaryDirectory() as root:
-            result = prune_gradually(self.model(seed, "baseline"), wanted, tune, torch.zeros(1, 3, 32, 32), folder=root)
-            self.keep(seed, f"pruned-{ratio:g}", result.model, ratio=ratio, epochs=epochs * steps)
+        tune = recipe(seed, max(1, self.tuning // steps), optim__lr=0.2, ema=0.998, **learning).override(self.small)
+        wanted = GradualConfig(ratio=ratio, steps=steps, schedule="geometric", criterion="l1")
+        result = prune_gradually(self.model(f"seed-{seed}/baseline"), wanted, tune, SAMPLE, folder=self.folder / name / "work")
+        self.keep(name, result.model, ratio=ratio, epochs=tune.epochs * steps)
 
     def peer(self, seed: int, ratio: float) -> None:
-        model = pruned_by_peer(self.model(seed, "baseline"), ratio)
-        config = self.config(
+        config = recipe(
             seed,
-            self.arguments.tuning,
+            self.tuning,
             data__batch_size=128,
             data__augment=("crop", "flip"),
             optim={"name": "sgd", "lr": 0.01, "weight_decay": 5e-4, "decay_vectors": True, "args": {"nesterov": False}},
             schedule={"name": "step", "warmup": 0.0, "milestones": (0.6, 0.8)},
-            loss__args={},
             ema=0.0,
         )
-        with tempfile.TemporaryDirectory() as root:
-            tuned = train(config, model=model, root=root).model
-        self.keep(seed, f"peer-{ratio:g}", tuned, ratio=ratio, epochs=self.arguments.tuning)
+        tuned = self.trained(config, pruned_by_peer(self.model(f"seed-{seed}/baseline"), ratio))
+        self.keep(f"seed-{seed}/peer-{ratio:g}", tuned, ratio=ratio, epochs=self.tuning)
+
+    def learning(self) -> dict[str, Any]:
+        """Settings of learning from the teacher: mostly its softened outputs, on mixed images."""
+        terms = {"teacher": str(self.folder / "teacher"), "terms": {"soft": 0.9}, "task": 0.1, "temperature": 3.0}
+        return {"distill": terms, "data__augment": ("reflect_crop", "flip"), "data__mix": "cutmix"}
 
     def report(self) -> None:
-        seeds = sorted(int(place.name.removeprefix("seed-")) for place in self.folder.glob("seed-*"))
         results = {
-            (seed, place.parent.name): json.loads(place.read_text())
-            for seed in seeds
-            for place in sorted((self.folder / f"seed-{seed}").glob("*/result.json"))
+            str(place.parent.relative_to(self.folder)): json.loads(place.read_text())
+            for place in [*self.folder.glob("teacher/result.json"), *self.folder.glob("seed-*/*/result.json")]
         }
-        for name in sorted({name for _, name in results}):
-            found = {seed: results[seed, name] for seed in seeds if (seed, name) in results}
-            shares = [share(result["test_right"]) for result in found.values()]
-            line = f"{name:<14} {statistics.mean(shares):.2%} of the test images (seeds {', '.join(f'{s:.2%}' for s in shares)})"
-            origin = {s: results[s, "baseline"] for s in found if (s, "baseline") in results}
-            removed = [1 - found[s]["parameters"] / origin[s]["parameters"] for s in origin]
-            if removed and max(removed) > 0.01:
-                line += f"  −{statistics.mean(removed):.1%} parameters"
+        kinds: dict[str, list[str]] = {}
+        for name in sorted(results):
+            kinds.setdefault(name.rpartition("/")[2], []).append(name)
+        for kind, names in kinds.items():
+            shares = [share(results[name]["test_right"]) for name in names]
+            line = f"{kind:<11} {statistics.mean(shares):.2%} of the test images (seeds {', '.join(f'{s:.2%}' for s in shares)})"
+            origins = [results.get(f"{name.partition('/')[0]}/baseline") for name in names]
+            if "-" in kind and all(origins):
+                pairs = [(results[name], origin) for name, origin in zip(names, origins, strict=True) if origin]
+                removed = statistics.mean(1 - a["parameters"] / b["parameters"] for a, b in pairs)
+                line += f"  −{removed:.1%} parameters"
                 for part in ("test", "held_out"):
-                    pairs = [(found[s][f"{part}_right"], origin[s][f"{part}_right"]) for s in origin]
-                    mean, half = change(pairs)
+                    mean, half = change([(a[f"{part}_right"], b[f"{part}_right"]) for a, b in pairs])
                     line += f"  {part} {100 * mean:+.2f} ± {100 * half:.2f}"
             print(line)
+
+
+@contextmanager
+def claimed(place: Path) -> Iterator[bool]:
+    """Whether this process may make what belongs there; a claim ends with its process, however that ends."""
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / "claim").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def share(right: str) -> float:
@@ -207,10 +253,10 @@ def pruned_by_peer(model: nn.Module, ratio: float) -> nn.Module:
     """``ratio`` of the parameters removed as torch-pruning's CIFAR benchmark removes them."""
     import torch_pruning
 
-    x, before = torch.zeros(1, 3, 32, 32), count_parameters(model)
+    before = count_parameters(model)
     pruner = torch_pruning.pruner.BasePruner(
         model,
-        x,
+        SAMPLE,
         importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
         global_pruning=True,
         pruning_ratio=1.0,
@@ -226,31 +272,14 @@ def pruned_by_peer(model: nn.Module, ratio: float) -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("out/pruning"))
-    parser.add_argument("--stages", nargs="+", default=["first", "baseline", "prune", "peer", "report"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--teachers", nargs="+", type=int, default=[0, 1, 2], help="seeds whose first models are the teacher")
-    parser.add_argument("--ratios", nargs="+", type=float, help="by default those of the stage")
-    parser.add_argument("--epochs", type=int, default=120 if CUDA else 1)
-    parser.add_argument("--tuning", type=int, default=40 if CUDA else 2, help="epochs of tuning after pruning, in all")
-    parser.add_argument("--criterion", default="l1")
-    parser.add_argument("--full", action="store_true", help="on a CPU too: all the data, the whole width")
+    parser.add_argument("--full", action="store_true", help="without a GPU too: all the data, the whole width, every epoch")
+    parser.add_argument("--report", action="store_true", help="only say what is there")
     arguments = parser.parse_args()
-    bench = Bench(arguments.folder, arguments)
-    for stage in arguments.stages:
-        if stage == "report":
-            bench.report()
-            continue
-        for seed in arguments.seeds:
-            torch.manual_seed(seed)
-            if stage in ("first", "baseline"):
-                if not bench.has(seed, stage):
-                    getattr(bench, stage)(seed)
-                continue
-            for ratio in arguments.ratios or (RATIOS if stage == "prune" else PEER_RATIOS):
-                if not bench.has(seed, f"{'pruned' if stage == 'prune' else 'peer'}-{ratio:g}"):
-                    getattr(bench, stage)(seed, ratio)
+    bench = Bench(arguments.folder, CUDA or arguments.full)
+    if not arguments.report:
+        bench.work()
+    bench.report()
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
     main()

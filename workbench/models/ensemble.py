@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ class Ensemble(nn.Module):
 
     def forward(self, x: Any) -> Tensor:
         each = torch.stack([member(x).float().log_softmax(-1) for member in self.members])
-        return each.logsumexp(0) - torch.tensor(len(self.members)).log()
+        return each.logsumexp(0) - math.log(len(self.members))
 
 
 def ensemble(members: Sequence[Mapping[str, Any]]) -> Ensemble:
