@@ -99,3 +99,16 @@ def test_a_run_is_evaluated_on_what_is_held_out() -> None:
     with torch.no_grad():
         accuracy = (result.model(x).argmax(1) == y).double().mean()
     assert result.metrics["accuracy"] == pytest.approx(float(accuracy))
+
+
+def test_images_are_scaled_when_loaded() -> None:
+    own: Any = load_splits(DataConfig(name="digits", limit=50))
+    found: Any = load_splits(DataConfig(name="digits", limit=50, resize=20))
+    assert found.sample_shape == (1, 20, 20) and found.eval.x.shape[1:] == (1, 20, 20) and found.train.x.dtype == torch.uint8
+    assert torch.equal(found.train.y, own.train.y)
+    expected = torch.nn.functional.interpolate(own.train.x.double(), (20, 20), mode="bilinear", antialias=True)
+    assert (found.train.x - expected).abs().max() <= 1  # a level of 255, as images are stored
+    config = TrainConfig(data={"name": "digits", "limit": 64, "batch_size": 32, "resize": 16}, epochs=1, device="cpu")
+    assert load_batches(config.data, "train")[0][0].shape == (32, 1, 16, 16)
+    with pytest.raises(ConfigError, match=r"data.resize=8 .* transform"):
+        load_splits(DataConfig(name="digits", resize=8), numbered(torch.arange(8) % 2))

@@ -80,6 +80,14 @@ class DataConfig(Config):
         description="Use only the first so many training samples, of those not held out.",
         json_schema_extra=hint(advanced=True),
     )
+    resize: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="Side, in pixels, of the square that images are scaled to when they are loaded, for models that want larger "
+        "or smaller ones; by default they keep their size.",
+        json_schema_extra=hint(advanced=True),
+    )
     args: Arguments = Field({}, description="Keyword arguments of the data set's loader.", json_schema_extra=hint(advanced=True))
 
     @field_validator("name")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from workbench.data.cards import card_names, read_card
@@ -127,7 +128,7 @@ def load_splits(config: DataConfig, given: Any = None, *, root: Path | None = No
         splits = replace(splits, train=_subset(splits.train, torch.arange(min(config.limit, len(splits.train)))))  # type: ignore[arg-type]
     if len(splits.train) == 0 or len(splits.eval) == 0:  # type: ignore[arg-type]
         raise DataError(f"The data set {config.name!r} has an empty split.", "Both training and evaluation need samples.")
-    return splits
+    return splits if config.resize is None else resized(splits, config.resize)
 
 
 def as_splits(found: Any, origin: str) -> Splits:
@@ -178,6 +179,23 @@ def hold_out(splits: Splits, amount: float, seed: int = 0) -> Splits:
     is_held = torch.zeros(count, dtype=torch.bool)
     is_held[held] = True
     return replace(splits, train=_subset(train, torch.where(~is_held)[0]), eval=_subset(train, torch.where(is_held)[0]))
+
+
+def resized(splits: Splits, side: int) -> Splits:
+    """Splits whose images [C, H, W] are scaled to squares of ``side`` pixels, bilinearly, without aliasing.
+
+    Raises:
+        ConfigError: the samples aren't images held in memory.
+    """
+    found: list[Arrays] = []
+    for part in (splits.train, splits.eval):
+        if not isinstance(part, Arrays) or part.x.dim() != 4:
+            raise ConfigError(
+                f"data.resize={side} scales images held in memory, which these samples aren't.",
+                "Scale them in the data set's own transform.",
+            )
+        found.append(Arrays(F.interpolate(part.x, (side, side), mode="bilinear", antialias=True), part.y))
+    return replace(splits, train=found[0], eval=found[1])
 
 
 def stratified(order: Tensor, labels: Tensor, wanted: int) -> Tensor:
