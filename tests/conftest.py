@@ -1,4 +1,4 @@
-"""For every test: a runs folder of its own, few threads, and no process left behind."""
+"""For every test: a runs folder of its own, few threads, no deadline, and no process left behind."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from pathlib import Path
 # Before anything imports torch: small models on few cores, and the same number of threads in every process of a test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import psutil
 import pytest
+
+# How long an example takes says more of the machine's other work than of the code.
+hypothesis.settings.register_profile("any pace", deadline=None)
+hypothesis.settings.load_profile("any pace")
 
 # A shell starts background jobs with Ctrl-C ignored, and children inherit that; tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

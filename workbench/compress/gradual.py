@@ -21,13 +21,12 @@ import torch
 from torch import nn
 
 from workbench.artefact import STRUCTURE, load_model, save_model
-from workbench.compress.cost import count_macs
 from workbench.compress.gradual_config import GradualConfig
-from workbench.compress.pruning import prune
+from workbench.compress.plan import Plan
 from workbench.compress.pruning_config import PruneConfig
 from workbench.compress.sample import one_sample
 from workbench.errors import ConfigError
-from workbench.models.structure import count_parameters, structure_of
+from workbench.models.structure import structure_of
 from workbench.run import Run
 from workbench.storage import write_atomic
 from workbench.training import TrainConfig, train
@@ -92,7 +91,6 @@ def prune_gradually(
     if root is not None:
         _claim(root, model, config, tune)
     x = one_sample(model, example)
-    total = _amount(model, x, config)
     current, runs = model, []
     for number, step in enumerate(_schedule(config), 1):
         place = None if root is None else root / f"step-{number}"
@@ -100,11 +98,10 @@ def prune_gradually(
             current = _load(place / "model", model)
             runs.append(Run.open(place / json.loads((place / "run.json").read_text())["run"]))
             continue
-        left = 1.0 if config.target == "latency" else _amount(current, x, config) / total
-        ratio = 1 - step.left / (step.left_before if config.target == "latency" else left)
-        if ratio > 0 or any(step.ratios.values()):
-            settings = {**config.model_dump(), "ratio": max(ratio, 0.0), "ratios": step.ratios}
-            current = prune(current, PruneConfig(**{name: settings[name] for name in PruneConfig.model_fields}), x, batches)
+        settings = {**config.model_dump(), "ratio": step.ratio, "ratios": step.ratios}
+        settings = {name: settings[name] for name in PruneConfig.model_fields}
+        plan = Plan(current, PruneConfig(**settings), x, batches, original=model)  # so that what steps miss doesn't add up
+        current = plan.apply(*plan.search())
         result = train(tune, model=current, data=data, root=place)
         current = result.model.eval()
         runs.append(result.run)
@@ -116,10 +113,9 @@ def prune_gradually(
 
 @dataclass(frozen=True)
 class _Step:
-    """Shares of the original that are left before and after a step, and what single layers lose in it."""
+    """The share of the original that is gone after a step, and what single layers lose in it."""
 
-    left_before: float
-    left: float
+    ratio: float
     ratios: dict[str, float]
 
 
@@ -128,15 +124,10 @@ def _schedule(config: GradualConfig) -> Iterator[_Step]:
     for number in range(1, config.steps + 1):
         done = config.progress(number)
         yield _Step(
-            1 - config.ratio * done_before,
-            1 - config.ratio * done,
+            config.ratio * done,
             {name: 1 - (1 - share * done) / (1 - share * done_before) for name, share in config.ratios.items()},
         )
         done_before = done
-
-
-def _amount(model: nn.Module, x: torch.Tensor, config: GradualConfig) -> int:
-    return count_macs(model, x.to(next(model.parameters()).device)) if config.target == "macs" else count_parameters(model)
 
 
 def _load(folder: Path, model: nn.Module) -> nn.Module:

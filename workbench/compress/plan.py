@@ -38,6 +38,10 @@ _LANDS = 0.1
 class Plan:
     """A model with its coupled groups ranked, from which prefixes can be cut.
 
+    Args:
+        original: the model of which the ratio is a fraction, where ``model`` is what earlier steps left of it; by default
+            ``model`` itself.
+
     Attributes:
         source: a copy of the model, in evaluation mode.
         x: the sample that it is traced with (1, ...).
@@ -45,10 +49,13 @@ class Plan:
         whole: why other layers stay whole.
     """
 
-    def __init__(self, model: nn.Module, config: PruneConfig, example: Any = None, data: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, config: PruneConfig, example: Any = None, data: Any = None, original: nn.Module | None = None
+    ) -> None:
         _refuse(model)
         self.model, self.config = model, config
         self.source = copy.deepcopy(model).eval().requires_grad_(True)  # coupling is traced through autograd
+        self.original = self.source if original is None else copy.deepcopy(original).eval()
         self.x = one_sample(self.source, example)
         self.round_to, self.remarks = _rounding(config, self.x.device)
         ignored = _matching(self.source, config.ignored)
@@ -100,7 +107,9 @@ class Plan:
             if wanted <= (finer := removed(shorter, steps)) < share:
                 cuts, share = self.ranking.cuts(shorter, steps), finer
         if wanted and share > wanted + _WITHIN:
-            cause = "ratios alone remove so much" if length == 0 else "what goes at once is larger than that"
+            cause = "what goes at once is larger than that"
+            if length == 0:
+                cause = "ratios alone remove so much" if self.ranking.fixed else "earlier steps removed so much"
             self._remark(f"{share:.1%} of the {self.config.target} went, for {wanted:.1%}: {cause}.")
         return cuts, {"removed": share}
 
@@ -112,8 +121,10 @@ class Plan:
             "example": list(self.x.shape),
             **found,
             "round_to": self.round_to,
-            "before": {"parameters": count_parameters(self.source), "macs": count_macs(self.source, self.x)},
+            "before": self._costs(self.source),
         }
+        if self.original is not self.source:
+            record["original"] = self._costs(self.original)
         layers, positions = survivors(self.source, self.x, cuts, self.heads)
         pruned = reshaped(
             copy.deepcopy(self.model), layers, lambda name, old, shape: old.detach().flatten()[positions[name].to(old.device)]
@@ -123,7 +134,7 @@ class Plan:
         if is_channels_last(self.model):
             pruned = pruned.to(memory_format=torch.channels_last)
         with explained(self.model):  # some couplings show only when the pruned model runs
-            record["after"] = {"parameters": count_parameters(pruned), "macs": count_macs(pruned, self.x)}
+            record["after"] = self._costs(pruned)
         if self.config.target == "latency":
             record["latency"] = self._measured_latency(pruned)
             record["removed"] = record["latency"]["removed"]
@@ -135,13 +146,16 @@ class Plan:
 
     # Targets -------------------------------------------------------------------------------------------------------------
 
+    def _costs(self, model: nn.Module) -> dict[str, int]:
+        return {"parameters": count_parameters(model), "macs": count_macs(model, self.x)}
+
     def _removed(self, target: str) -> Callable[..., float]:
         """The share of the target that a prefix (and single groups' further steps) removes; each is tried once."""
 
         def measure(model: nn.Module) -> int:
             return count_parameters(model) if target == "parameters" else count_macs(model, self.x)
 
-        total = measure(self.source)
+        total = measure(self.original)
         seen: dict[tuple[tuple[str, int], ...], float] = {}
 
         def removed(length: int, extra: Mapping[int, int] | None = None) -> float:
@@ -156,25 +170,27 @@ class Plan:
     def _to_latency(self) -> tuple[Cuts, dict[str, Any]]:
         settings, wanted = self.config.latency, 1 - self.config.ratio
         removed = self._removed("macs")
-        baseline = self._timed(self.source)[0]
+        baseline = self._timed(self.original)[0]
 
         def share(length: int) -> float:
             candidate = cut(self.source, self.x, self.ranking.cuts(length), self.heads).eval()
             times = latency_of({"after": self._timed(candidate)[0], "before": baseline}, 10_000, settings.seconds)
             return floor_ratio_of(times["after"], times["before"])
 
-        length, left = nearest(share, lambda k: 1 - removed(k), len(self.ranking), wanted, _NEAR, settings.trials)
+        begun = 1.0 if self.original is self.source else share(0)
+        length, left = nearest(share, lambda k: 1 - removed(k), len(self.ranking), wanted, _NEAR, settings.trials, begun)
         if left > wanted * (1 + _LANDS):
             raise ModelError(
                 f"{self.config.ratio:.0%} of the latency of {self._name} can't be removed: "
                 f"at most {1 - left:.1%}{self._because()}.",
-                "Ask for less, set round_to='auto', or time a larger batch: the rest isn't spent in channels.",
+                "Ask for less, set round_to='auto', or time a larger batch (latency={'batch': 32}): the rest of the time doesn't "
+                "depend on channels.",
             )
         return self.ranking.cuts(length), {}
 
     def _measured_latency(self, pruned: nn.Module) -> dict[str, Any]:
-        """Both models timed anew, in turns."""
-        calls = {"before": self._timed(self.source), "after": self._timed(copy.deepcopy(pruned).eval())}
+        """The original and the pruned model timed anew, in turns."""
+        calls = {"before": self._timed(self.original), "after": self._timed(copy.deepcopy(pruned).eval())}
         times = latency_of({name: call for name, (call, _) in calls.items()}, 10_000, self.config.latency.seconds)
         medians = {f"{name}_ms": sorted(values)[len(values) // 2] for name, values in times.items()}
         return {

@@ -131,6 +131,7 @@ def nearest(
     wanted: float,
     tolerance: float,
     trials: int,
+    whole: float = 1.0,
 ) -> tuple[int, float]:
     """The prefix whose ``measured`` share of what was there comes nearest to ``wanted``, and that share.
 
@@ -138,12 +139,18 @@ def nearest(
     what lies near ``wanted`` weighing most, it averages noise and the steps in which time falls with channels.
 
     Args:
-        measured: the share of the time that is left without a prefix; noisy, and dear.
+        measured: the share of the time that is left without a prefix's channels; noisy, and dear.
         work: the share of the work that is left.
         tolerance: relative to ``wanted``: near enough to stop.
         trials: prefixes measured at most.
+        whole: the share without a prefix; less than 1 where something went before.
+
+    Returns:
+        No prefix, if ``whole`` is near enough or less.
     """
-    shares = {0: 1.0}
+    if whole <= wanted * (1 + tolerance):
+        return 0, whole
+    shares = {0: whole}
     aim = wanted
     for _ in range(trials):
         guess = shortest(lambda k: 1 - work(k), length, 1 - aim)
