@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from workbench.artefact import load_model, save_model, size_on_disk
 from workbench.compress import QuantConfig, quantize
-from workbench.compress.dynamic import Int8Embedding, Int8LSTM
+from workbench.compress.dynamic import Int8Embedding
+from workbench.compress.int8_lstm import Int8LSTM
 from workbench.errors import ModelError
 from workbench.models import ModelConfig, build_model
 
@@ -65,6 +66,28 @@ def test_an_lstm_gives_what_pytorchs_gives(bidirectional: bool, batch_first: boo
             for one, other in ((ours[0], theirs[0]), (ours[1][0], theirs[1][0]), (ours[1][1], theirs[1][1])):
                 assert one.shape == other.shape
                 assert (one - other).norm() / other.norm() < 0.05
+
+
+def test_an_int8_lstm_exports_and_compiles_whole(tmp_path: Path, ids: Tensor) -> None:
+    int8 = quantize(text("lstm"), DYNAMIC)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(int8, (ids,), dynamic_shapes=({0: batch},), strict=True)
+    torch.export.save(program, tmp_path / "lstm.pt2")
+    loaded = torch.export.load(tmp_path / "lstm.pt2").module()
+    with torch.no_grad():
+        for samples in (ids, ids[:1], ids.repeat(3, 1)):
+            assert torch.equal(loaded(samples), int8(samples))
+        assert torch.allclose(torch.compile(int8, fullgraph=True, dynamic=False)(ids), int8(ids), atol=1e-4)
+
+
+def test_an_lstm_follows_weights_loaded_after_a_call() -> None:
+    torch.manual_seed(0)
+    first, second = (Int8LSTM(nn.LSTM(8, 8)) for _ in range(2))
+    x = torch.randn(3, 2, 8)
+    with torch.no_grad():
+        before = first(x)[0]
+        first.load_state_dict(second.state_dict())
+        assert torch.equal(first(x)[0], second(x)[0]) and not torch.equal(first(x)[0], before)
 
 
 def test_a_model_that_is_an_lstm_or_a_linear_layer_is_not_left_alone() -> None:

@@ -81,7 +81,7 @@ class _Compiled(nn.Module):
         # A recurrent layer is a call of its own between two graphs; anything else that breaks a graph is an error.
         # Left to itself, a second batch size would get one kernel for all sizes, which is slower. In a tuple: a compiled module
         # set as an attribute would be a submodule, and its weights would count twice.
-        whole = not any(isinstance(module, nn.RNNBase) or type(module).__name__ == "Int8LSTM" for module in self.model.modules())
+        whole = not any(isinstance(module, nn.RNNBase) for module in self.model.modules())
         settings: dict[str, Any] = {"options": {"max_autotune": tune}}
         if _ISOLATES:
             # Models of one class share compiled code otherwise, and with the guards gone one would answer for another.

@@ -2,12 +2,11 @@
 
 * :func:`dynamic` — linear layers by torchao, LSTMs and embeddings by the modules here.
 * :class:`Int8Embedding` — rows of integers, each with its scale.
-* :class:`Int8LSTM` — an LSTM whose products are INT8.
+* :mod:`~workbench.compress.int8_lstm` — an LSTM whose products are INT8.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from workbench.compress.compilation import import_quietly
 from workbench.compress.graph import layers_matching
+from workbench.compress.int8_lstm import Int8LSTM
 from workbench.compress.observers import weight_scale
 from workbench.compress.quantization_config import QuantConfig
 from workbench.errors import ModelError
@@ -80,76 +80,6 @@ class Int8Embedding(nn.Module):
     def weight(self) -> Tensor:
         """The rows as numbers [rows, width], for models that read them elsewhere too."""
         return self.values * self.scale[:, None]
-
-
-class Int8LSTM(nn.Module):
-    """An LSTM with INT8 weights, one scale each, and inputs rounded at each call (FBGEMM's or oneDNN's kernels; CPU only).
-
-    It takes and gives what :class:`torch.nn.LSTM` does.
-    """
-
-    def __init__(self, lstm: nn.LSTM) -> None:
-        super().__init__()
-        if lstm.proj_size:
-            raise ModelError("There is no INT8 kernel for an LSTM with projections (proj_size).", "Keep it: keep_float=[…].")
-        self.hidden_size, self.num_layers = lstm.hidden_size, lstm.num_layers
-        self.bias, self.batch_first, self.bidirectional = lstm.bias, lstm.batch_first, lstm.bidirectional
-        self.training = False
-        self._names = [name for names in lstm._all_weights for name in names if name.startswith("weight")]
-        for name, parameter in lstm.named_parameters():
-            if name.startswith("bias"):
-                self.register_buffer(name, parameter.detach().clone())
-                continue
-            scale = weight_scale(parameter.detach(), per_channel=False)[:1]
-            self.register_buffer(name, torch.round(parameter.detach() / scale).clamp(-127, 127).to(torch.int8))
-            self.register_buffer(f"{name}_scale", scale)
-        self._packed: list[Any] | None = None
-
-    @torch.compiler.disable(reason="its packed weights are no tensors")  # type: ignore[untyped-decorator]
-    def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """[N, L, F] (or [L, N, F]) -> outputs, (hidden, cell)."""
-        if isinstance(x, nn.utils.rnn.PackedSequence):
-            raise ModelError("An INT8 LSTM takes no packed sequence.", "Pad the batch and mask the outputs, or keep it in float.")
-        if self._packed is None:
-            self._packed = [self._cell(index) for index in range(0, len(self._names), 2)]
-        directions = 2 if self.bidirectional else 1
-        if state is None:
-            batch = x.shape[0 if self.batch_first else 1]
-            zeros = x.new_zeros(self.num_layers * directions, batch, self.hidden_size)
-            state = (zeros, zeros)
-        output, hidden, cell = torch.ops.aten.quantized_lstm.input(
-            x,
-            list(state),
-            self._packed,
-            self.bias,
-            self.num_layers,
-            0.0,
-            False,
-            self.bidirectional,
-            self.batch_first,
-            dtype=torch.qint8,
-            use_dynamic=True,
-        )
-        return output, (hidden, cell)
-
-    def _cell(self, index: int) -> Any:
-        """Both products of one layer and direction, packed for the kernel."""
-        packed, biases = [], []
-        for name in self._names[index : index + 2]:
-            scale = self.get_buffer(f"{name}_scale").item()
-            bias = self.get_buffer(name.replace("weight", "bias")) if self.bias else None
-            with warnings.catch_warnings():  # the kernels take no other form of a weight than the one that is to go
-                warnings.filterwarnings("ignore", message=".*quantized tensor creation functions", category=UserWarning)
-                weight = torch._make_per_tensor_quantized_tensor(self.get_buffer(name), scale, 0)
-            packed.append(torch.ops.quantized.linear_prepack(weight, bias))
-            biases.append(bias)
-        return torch.ops.quantized.make_quantized_cell_params_dynamic(*packed, *biases, False)
-
-    def flatten_parameters(self) -> None:
-        """As of :class:`torch.nn.LSTM`; there is nothing to do."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": None}  # a copy packs its own
 
 
 def _callable(module: nn.Module) -> bool:
