@@ -93,7 +93,7 @@ class _Compiled(nn.Module):
     def _inductor_options(self, quantized: bool) -> dict[str, Any]:
         """Settings that tracing reads too, so that they can't be options of torch.compile."""
         if self.cuda_device:
-            return {"force_fuse_int_mm_with_mul": True}
+            return {"freezing": True}
         # Calling twenty or fifty INT8 kernels from Python costs as much as a few of them take.
         return {"freezing": True, "cpp_wrapper": quantized}
 

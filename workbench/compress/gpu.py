@@ -1,15 +1,21 @@
-"""Quantization for CUDA devices, by torchao: INT8 and FP8 products, weight-only INT8 and INT4. The rest computes in bf16."""
+"""Quantization for CUDA devices: INT8 and FP8 products by modules of our own, weight-only INT8 and INT4 by torchao.
+
+The rest of a model computes in bf16. The modules run on a CPU too, where they show what the GPU will compute, slowly.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from workbench.compress.calibration import inputs_seen
 from workbench.compress.compilation import import_quietly
 from workbench.compress.graph import layers_matching
-from workbench.compress.quantization_config import QuantConfig
+from workbench.compress.observers import SMALLEST, Seen, minmax, scale_and_zero_point
+from workbench.compress.products import LARGEST, Fp8Linear, Int8Linear, Range
+from workbench.compress.quantization_config import OBSERVERS, QuantConfig
 from workbench.errors import DeviceError, ModelError
 
 ALIGNED = 16
@@ -33,26 +39,55 @@ class ReducedModel(nn.Module):
 
 
 def on_gpu(source: nn.Module, config: QuantConfig, given: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """See :data:`~workbench.compress.quantization.METHODS`.
+    """See :data:`~workbench.compress.quantization.METHODS`. What was quantized before is rebuilt without a GPU, too.
 
     Raises:
         DeviceError: there is no such GPU here, or it has no FP8.
         ModelError: no linear layer has a shape that its kernels take.
     """
-    if not torch.cuda.is_available():
+    rebuilding = isinstance(given, dict) and config.mode != "weight_only"
+    if not torch.cuda.is_available() and not rebuilding:
         raise DeviceError(
             "backend='cuda' quantizes on the GPU, and none is here.", "Use backend='cpu', or call this where the GPU is."
         )
-    if config.mode == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+    if config.mode == "fp8" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
         raise DeviceError(
             f"{torch.cuda.get_device_name()} has no FP8 arithmetic.",
-            "Use mode='dynamic' (INT8), or compute capability 8.9 (Ada).",
+            "Use mode='static' or 'dynamic' (INT8), or compute capability 8.9 (Ada).",
         )
-    ao = import_quietly("torchao.quantization")
-    chosen = set(quantizable_layers(source, config))
-    reduced = ReducedModel(source.cuda())
-    ao.quantize_(reduced.model, _recipe(ao, config), filter_fn=lambda module, name: name in chosen)
-    return reduced.requires_grad_(False), {}
+    if config.mode == "weight_only":
+        return _weights_only(source.cuda(), config), {}
+    return reduced(source if rebuilding else source.cuda(), config, given)
+
+
+def reduced(source: nn.Module, config: QuantConfig, given: list[Tensor] | dict[str, Any]) -> tuple[ReducedModel, dict[str, Any]]:
+    """``source`` with 8-bit products, on the device where it is; see :data:`~workbench.compress.quantization.METHODS`.
+
+    Raises:
+        ModelError: no linear layer has a shape that the kernels take, or the samples reach none.
+    """
+    names = quantizable_layers(source, config)
+    inputs: dict[str, Range | None]
+    if isinstance(given, dict):  # the numbers themselves come with the weights
+        inputs = {name: Range(1.0) if given["calibrated"] else None for name in given["layers"]}
+    elif given:
+        seen = inputs_seen(source, names, given)
+        if not seen:
+            raise ModelError(
+                f"The samples reach no linear layer of {type(source).__name__} that could be quantized.",
+                "Use mode='dynamic', or pass samples that the model takes in use.",
+            )
+        inputs = {name: _range(seen[name], config) for name in names if name in seen}
+    else:
+        inputs = dict.fromkeys(names)
+    kind = Fp8Linear if config.mode == "fp8" else Int8Linear
+    by_channel = config.granularity == "channel"
+    # Made from the fp32 weights; the model is rounded to bf16 afterwards.
+    made = {name: kind(cast(nn.Linear, source.get_submodule(name)), by_channel, of) for name, of in inputs.items()}
+    model = ReducedModel(source)
+    for name, module in made.items():
+        model.set_submodule(f"model.{name}" if name else "model", module)
+    return model, {"layers": list(made), "calibrated": None not in inputs.values()}
 
 
 def quantizable_layers(source: nn.Module, config: QuantConfig) -> list[str]:
@@ -78,14 +113,27 @@ def quantizable_layers(source: nn.Module, config: QuantConfig) -> list[str]:
     return found
 
 
-def _recipe(ao: Any, config: QuantConfig) -> Any:
-    rows = config.granularity == "channel"
+def _range(seen: Seen, config: QuantConfig) -> Range:
+    if config.mode == "fp8":
+        # Floating-point levels lie as dense in a wide range as in a narrow one: nothing is gained by clipping.
+        low, high = minmax(seen, config) if config.observer == "auto" else OBSERVERS.factory(config.observer)(seen, config)
+        return Range(max(-low, high, LARGEST[torch.float8_e4m3fn] * SMALLEST) / LARGEST[torch.float8_e4m3fn])
+    low, high = OBSERVERS.factory(config.observer)(seen, config)
+    scale, zero = scale_and_zero_point(torch.tensor(low), torch.tensor(high), config)
+    return Range(float(scale), int(zero) - 128)
+
+
+def _weights_only(source: nn.Module, config: QuantConfig) -> ReducedModel:
+    """By torchao."""
+    ao = import_quietly("torchao.quantization")
+    chosen = set(quantizable_layers(source, config))
+    model = ReducedModel(source)
     # Of its own accord torchao would change the compiler's settings for the whole process.
     quiet = {"set_inductor_config": False}
-    if config.mode == "fp8":
-        return ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow() if rows else ao.PerTensor(), **quiet)
-    if config.mode == "dynamic":
-        return ao.Int8DynamicActivationInt8WeightConfig(granularity=ao.PerRow() if rows else ao.PerTensor(), **quiet)
     if config.weight_bit == 4:
-        return ao.Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d", **quiet)
-    return ao.Int8WeightOnlyConfig(granularity=ao.PerRow() if rows else ao.PerTensor(), **quiet)
+        recipe = ao.Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d", **quiet)
+    else:
+        granularity = ao.PerRow() if config.granularity == "channel" else ao.PerTensor()
+        recipe = ao.Int8WeightOnlyConfig(granularity=granularity, **quiet)
+    ao.quantize_(model.model, recipe, filter_fn=lambda module, name: name in chosen)
+    return model.requires_grad_(False)

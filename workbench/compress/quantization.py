@@ -36,6 +36,7 @@ METHODS = Registry(
         "cpu qat": "workbench.compress.quantization:trained",
         "cpu dynamic": "workbench.compress.dynamic:dynamic",
         "cpu weight_only": "workbench.compress.dynamic:dynamic",
+        "cuda static": "workbench.compress.gpu:on_gpu",
         "cuda dynamic": "workbench.compress.gpu:on_gpu",
         "cuda weight_only": "workbench.compress.gpu:on_gpu",
         "cuda fp8": "workbench.compress.gpu:on_gpu",
@@ -98,7 +99,7 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, data: Any = No
         )
     if any(transform["kind"] == "quantize" for transform in structure_of(model).transforms):
         raise ModelError("This model is quantized already.", "Quantize the model that it came from.")
-    wanted = config.mode == "static" or config.backend in ("onnxruntime", "openvino")
+    wanted = config.mode in ("static", "fp8") or config.backend in ("onnxruntime", "openvino")
     batches = list(calibration_batches(data, config.calibration_samples)) if wanted else []
     if config.mode == "static" and not batches:
         raise DataError(

@@ -27,7 +27,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("static", "dynamic"),
     "openvino": ("static", "weight_only"),
     "xnnpack": ("static",),
-    "cuda": ("dynamic", "weight_only", "fp8"),
+    "cuda": ("static", "dynamic", "weight_only", "fp8"),
 }
 """What runs a quantized model, and the modes that it has kernels for; ``cpu`` is Inductor's own."""
 
@@ -41,7 +41,8 @@ class QuantConfig(Config):
         "static",
         description="static: activation ranges come from calibration samples (convolutions and linear layers); dynamic: they are "
         "measured at each call (linear layers, LSTMs); qat: weights and ranges are learned by fine-tuning; weight_only: only "
-        "storage shrinks; fp8: 8-bit floating point, on GPUs that have it.",
+        "storage shrinks; fp8: 8-bit floating point, on GPUs that have it, with ranges from samples if there are any. On GPUs, "
+        "only linear layers are quantized.",
     )
     backend: Literal["cpu", "onnxruntime", "openvino", "xnnpack", "cuda"] = Field(
         "cpu", description="What will run the model: cpu is Inductor; onnxruntime, openvino and xnnpack (phones) are extras."
@@ -61,8 +62,8 @@ class QuantConfig(Config):
     observer: str = Field(
         "auto",
         description="How an activation's range is taken (static): minmax, a moving_average of it over batches, a percentile, or "
-        "the range of least squared error (histogram) or least divergence (entropy); auto is histogram, and on other backends "
-        "what they prefer.",
+        "the range of least squared error (histogram) or least divergence (entropy); auto is histogram, minmax for fp8, and on "
+        "other backends what they prefer.",
         json_schema_extra=hint(choices="observers"),
     )
     percentile: float = Field(
@@ -72,7 +73,9 @@ class QuantConfig(Config):
         description="Percentage of values that the range covers at either end (observer='percentile').",
         json_schema_extra=hint(advanced=True),
     )
-    calibration_samples: int = Field(256, ge=1, description="Samples, at most, from which activation ranges are taken (static).")
+    calibration_samples: int = Field(
+        256, ge=1, description="Samples, at most, from which activation ranges are taken (static, fp8)."
+    )
     keep_float: list[str] = Field(
         default_factory=list, description="Layers left in floating point, as names or patterns, e.g. 'stem*' or '*.se.*'."
     )
