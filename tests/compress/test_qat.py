@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
 
 from workbench import Run, TrainConfig, launch, train
 from workbench.artefact import load_model, save_model
 from workbench.compress import PruneConfig, QuantAwareTraining, QuantConfig, prune, quantize
+from workbench.compress.graph import _activations
 from workbench.compress.qat import LearnedRange, RoundsWeight, plain_copy
-from workbench.errors import ConfigError, ModelError
+from workbench.errors import ArtefactError, ConfigError, ModelError
 from workbench.models import ModelConfig, build_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
@@ -132,6 +136,49 @@ def test_it_trains_and_the_int8_model_computes_what_was_trained(run: Run, traine
     assert [t["kind"] for t in int8.structure.transforms] == ["qat", "quantize"]
 
 
+class Forced(Interpreter):
+    """An INT8 graph of which every activation is what was simulated, so that each layer is compared by itself."""
+
+    def __init__(self, graph: GraphModule, simulated: dict[str, Tensor]) -> None:
+        super().__init__(graph)
+        self.simulated, self.quantizes = simulated, {node: value for value, node in _activations(graph)}
+        self.levels: dict[str, Tensor] = {}
+
+    def run_node(self, n: Node) -> Any:
+        computed = super().run_node(n)
+        value = self.quantizes.get(n.args[0]) if n.args else None
+        if value is None or computed.shape != self.simulated[value].shape:  # max-pooling passes levels on
+            return computed
+        self.levels[value] = ((computed - self.simulated[value]) / n.args[1]).abs()
+        return self.simulated[value]
+
+
+@pytest.mark.parametrize("name", ["residual", "mobilenetv3_small_050"])
+def test_each_layer_computes_what_was_simulated(name: str) -> None:
+    """Whole networks drift apart: a value on the edge between two levels falls to either side, and such differences grow."""
+    timm = name != "residual"
+    model = build_model(ModelConfig(name=name, num_classes=10)) if timm else build()
+    data = torch.randn(8, 3, 64, 64) if timm else torch.rand(16, 1, 28, 28)
+    model = QuantAwareTraining(model, QAT, data).prepare()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model(data).square().mean().backward()
+    optimizer.step()
+    int8, record = quantize(model.eval()), model.structure.transforms[-1]
+    seen: dict[str, Tensor] = {}
+    for path in set(record["ranges"].values()):
+        keep = lambda module, inputs, output, path=path: seen.update({path: output})  # noqa: E731
+        model.get_submodule(path).register_forward_hook(keep)
+    with torch.no_grad():
+        simulated = model(data)
+        forced = Forced(int8.graph, {value: seen[path] for value, path in record["ranges"].items()})
+        computed = forced.run(data)
+    assert len(forced.levels) >= len(record["ranges"]) - 1
+    for value, levels in forced.levels.items():
+        assert levels.max() < 1.01, value
+        assert (levels > 0.5).sum() <= max(1, 2e-4 * levels.numel()), value
+    torch.testing.assert_close(computed, simulated, rtol=1e-4, atol=1e-5)
+
+
 def test_every_rounding_of_the_graph_is_simulated(prepared: nn.Module) -> None:
     record = prepared.structure.transforms[-1]
     assert record["layers"] == sorted(["stem.0", "conv1", "conv2", "conv3", "shortcut", "head"])
@@ -158,6 +205,19 @@ def test_reloads_bit_equal_in_a_fresh_process(trained: nn.Module, x: Tensor, tmp
     with torch.no_grad():
         assert torch.equal(half, trained(x))
         assert torch.equal(reloaded, int8(x)) and torch.equal(converted, int8(x))
+
+
+def test_names_of_another_version_are_found_again(trained: nn.Module, x: Tensor) -> None:
+    other = copy.deepcopy(trained)
+    record = trained.structure.transforms[-1]
+    ranges = {f"other_{value}": path for value, path in record["ranges"].items()}
+    other.structure = replace(trained.structure, transforms=(record | {"ranges": ranges, "versions": {"torch": "2.0"}},))
+    with torch.no_grad():
+        assert torch.equal(quantize(other)(x), quantize(trained)(x))
+    gone = dict(list(ranges.items())[1:])
+    other.structure = replace(trained.structure, transforms=(record | {"ranges": gone, "versions": {"torch": "2.0"}},))
+    with pytest.raises(ArtefactError, match=r"'torch': '2\.0'.*1 values"):
+        quantize(other)
 
 
 def test_resumed_in_the_middle_it_ends_the_same(prepared: nn.Module, run: Run, tmp_path: Path) -> None:

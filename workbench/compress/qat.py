@@ -7,7 +7,9 @@
 
 The model keeps its own modules: only their classes change, so batch normalization and dropout stay what they were, training mode
 switches as ever, and the weights keep their names. Where values are rounded is read off the very graph that will become INT8 (see
-:mod:`~workbench.compress.rounding`), so that both compute the same.
+:mod:`~workbench.compress.rounding`), so that given the same values each layer of both computes the same. Their sums differ in the
+last digits of fp32, though, and a value on the edge between two levels then falls to either side: a deep network makes as much of
+that as of any change to its input in the last digits.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from workbench.compress.observers import scale_and_zero_point, weight_scale
 from workbench.compress.quantization_config import QuantConfig
 from workbench.compress.rounding import rounding_points
 from workbench.compress.sample import one_sample
-from workbench.errors import ConfigError, ModelError
+from workbench.errors import ArtefactError, ConfigError, ModelError
 from workbench.models.structure import structure_of
 
 FOLLOWED = 0.01
@@ -202,6 +204,28 @@ def is_prepared(model: nn.Module) -> bool:
 def qat_record(model: nn.Module) -> dict[str, Any]:
     """The record of the preparation of a prepared model."""
     return structure_of(model).transforms[-1]
+
+
+def current_record(model: nn.Module) -> dict[str, Any]:
+    """:func:`qat_record` as this version of torch and torchao would make it.
+
+    Raises:
+        ArtefactError: it would round elsewhere.
+    """
+    record = qat_record(model)
+    if record["versions"] == our_versions():
+        return record
+    # Others may give the values of the graph other names; what follows their ranges has the name of its module.
+    x = torch.zeros(2, *record["input"]["shape"], dtype=getattr(torch, record["input"]["dtype"]))
+    points = rounding_points(plain_copy(model).cpu().eval(), x, QuantConfig(**record["config"]))
+    places = set(record["ranges"].values())
+    if different := places ^ set(points["ranges"].values()):
+        raise ArtefactError(
+            f"This model was prepared with {record['versions']}, and {our_versions()} differs in {len(different)} values that it "
+            f"would round: {sorted(different)[0]} …",
+            "Quantize it with those versions, or prepare and train it again.",
+        )
+    return record | points | {"versions": our_versions()}
 
 
 def learned_ranges(model: nn.Module, record: dict[str, Any]) -> dict[str, list[float]]:

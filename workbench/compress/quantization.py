@@ -144,7 +144,7 @@ def trained(source: nn.Module, config: QuantConfig, given: list[torch.Tensor] | 
     """The INT8 graph of a model whose rounding was learned; see :data:`METHODS`."""
     if isinstance(given, dict):
         return _rebuilt(qat.plain_copy(source), config, given), given
-    learned = qat.qat_record(source)
+    learned = qat.current_record(source)
     ranges = qat.learned_ranges(source, learned)
     found = {"input": learned["input"], "activations": ranges, "left": learned["left"], "versions": learned["versions"]}
     return _rebuilt(qat.plain_copy(source), config, found), found
