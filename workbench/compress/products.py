@@ -98,15 +98,9 @@ class Fp8Linear(EightBitLinear):
             by = self.measured(rows)
         elif self.by_channel:  # the kernel takes a scale for each row or none; compiled, this is a constant
             by = by.expand(len(rows), 1).contiguous()
-        return torch._scaled_mm(
-            rounded(rows / by, self.kind),
-            self.values.t(),
-            scale_a=by,
-            scale_b=self.scale[None] if self.by_channel else self.scale,
-            bias=self.bias,
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
+        multiply = scaled_product if rows.is_cuda else scaled_product_in_float
+        scale = self.scale[None] if self.by_channel else self.scale
+        return multiply(rounded(rows / by, self.kind), by, self.values, scale, self.bias)
 
 
 class Int8Linear(EightBitLinear):
@@ -144,3 +138,21 @@ def rounded(x: Tensor, kind: torch.dtype) -> Tensor:
     if kind == torch.int8:
         return torch.round(x).clamp(-128, 127).to(kind)
     return x.clamp(-LARGEST[kind], LARGEST[kind]).to(kind)
+
+
+def scaled_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """FP8 [M, in] by [out, in] -> bfloat16 [M, out], on tensor cores.
+
+    Args:
+        x_scale, weight_scale: [M, 1] and [1, out], or both [].
+        bias: bfloat16 [out].
+    """
+    return torch._scaled_mm(
+        x, weight.t(), scale_a=x_scale, scale_b=weight_scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+def scaled_product_in_float(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`scaled_product` where there are no such tensor cores."""
+    product = x.float() @ weight.float().t() * (x_scale * weight_scale)
+    return (product if bias is None else product + bias).to(torch.bfloat16)
