@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from workbench.artefact import STRUCTURE, WEIGHTS, load_model, read_structure, save_model
-from workbench.errors import ArtefactError
+from workbench.compress import PruneConfig, QuantConfig, prune, quantize
+from workbench.errors import ArtefactError, DeviceError
 from workbench.models import ModelConfig, build_model
 from workbench.models.structure import Structure, structure_of
 
@@ -168,3 +169,41 @@ def test_a_failed_save_leaves_the_old_model(model, x, tmp_path, monkeypatch):
         save_model(model, tmp_path / "m")
     assert torch.equal(load_model(tmp_path / "m")(x), expected)
     assert {file.name for file in (tmp_path / "m").iterdir()} == {WEIGHTS, STRUCTURE}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d.update(transforms="prune"), "doesn't describe a model"),
+        (lambda d: d.update(transforms=[{"layers": {}}]), "doesn't describe a model"),
+        (lambda d: d["transforms"][0].pop("layers"), "'prune' can't be replayed: KeyError: 'layers'"),
+        (
+            lambda d: d["transforms"][0]["layers"].update(nope={"attributes": {}, "shapes": {}}),
+            "can't be replayed: AttributeError",
+        ),
+    ],
+)
+def test_a_damaged_record_is_reported(model, tmp_path, change, words):
+    save_model(prune(model, PruneConfig(ratio=0.3), torch.zeros(1, 1, 28, 28)), tmp_path / "m")
+    _edited(tmp_path / "m", change)
+    with pytest.raises(ArtefactError, match=words):
+        load_model(tmp_path / "m")
+
+
+def test_settings_of_a_newer_version_are_reported_with_their_folder(model, tmp_path):
+    save_model(quantize(model, QuantConfig(), torch.randn(4, 1, 8, 8)), tmp_path / "m")
+    _edited(tmp_path / "m", lambda d: d["transforms"][0]["config"].update(shiny=1))
+    with pytest.raises(ArtefactError, match=r"/m: the change 'quantize' can't be replayed: shiny is not a setting"):
+        load_model(tmp_path / "m")
+
+
+def test_a_place_that_cannot_be_written_is_named(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtefactError, match=r"file/m' can't be written: Not a directory"):
+        save_model(model, tmp_path / "file" / "m")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_named(model, tmp_path):
+    with pytest.raises(DeviceError, match="device='cpu'"):
+        load_model(save_model(model, tmp_path / "m"), device="cuda")

@@ -22,6 +22,8 @@ _EXPORTS = {
     "quantize": "workbench.compress",
     "Quantizer": "workbench.compress",
     "QuantAwareTraining": "workbench.compress",
+    "ChannelPruner": "workbench.compress",
+    "CompareConfig": "workbench.comparison",
     "compare": "workbench.comparison",
     "load_model": "workbench.artefact",
     "save_model": "workbench.artefact",
@@ -32,8 +34,8 @@ __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
     from workbench.artefact import load_model, save_model
-    from workbench.comparison import compare
-    from workbench.compress import QuantAwareTraining, Quantizer, prune, quantize
+    from workbench.comparison import CompareConfig, compare
+    from workbench.compress import ChannelPruner, QuantAwareTraining, Quantizer, prune, quantize
     from workbench.compress.pruning_config import PruneConfig
     from workbench.compress.quantization_config import QuantConfig
     from workbench.errors import WorkbenchError

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from workbench.errors import ArtefactError, ConfigError
-from workbench.models.structure import Structure, count_parameters, is_channels_last, structure_of
+from workbench.errors import ArtefactError, ConfigError, DeviceError, WorkbenchError
+from workbench.models.structure import Structure, check_module, count_parameters, is_channels_last, structure_of
 from workbench.registry import Registry
 from workbench.storage import write_atomic
 
@@ -56,8 +56,10 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], *, weights_only: 
             the module: ``load_model(path, model=module)``.
 
     Raises:
-        ArtefactError: nothing says how to build the model, or ``path`` is a file.
+        ArtefactError: nothing says how to build the model, or ``path`` can't be written.
+        ModelError: ``model`` isn't a module.
     """
+    check_module(model)
     folder = Path(path)
     structure = structure_of(model)
     if structure.model is None and not weights_only:
@@ -79,9 +81,12 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], *, weights_only: 
         "sha256": hashlib.sha256(weights).hexdigest(),
         "versions": _versions(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / WEIGHTS, weights)
-    write_atomic(folder / STRUCTURE, json.dumps(description, ensure_ascii=False, allow_nan=False))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / WEIGHTS, weights)
+        write_atomic(folder / STRUCTURE, json.dumps(description, ensure_ascii=False, allow_nan=False))
+    except OSError as error:
+        raise ArtefactError(f"{str(folder)!r} can't be written: {error.strerror}.", "Save it elsewhere.") from error
     return folder
 
 
@@ -96,8 +101,11 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu",
     Raises:
         ArtefactError: a file is missing, cut short or of a newer format, or the weights don't fit the structure.
         ConfigError: the model's factory is gone.
+        DeviceError: the device isn't there.
     """
     folder = Path(path)
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"device={str(device)!r}, and no CUDA device is there.", "Load it with device='cpu'.")
     description = read_structure(folder)
     tensors = _read_weights(folder / WEIGHTS, description["sha256"])
     for alias, name in description["tied"].items():
@@ -106,11 +114,11 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu",
     structure = Structure(description["model"], description["transforms"])
     loaded = (_build(structure, folder) if model is None else model).eval()
     for record in structure.transforms:
-        if record.get("kind") not in TRANSFORMS:
+        if record["kind"] not in TRANSFORMS:
             raise ArtefactError(
-                f"{folder} needs the unknown change {record.get('kind')!r}.", "It comes from a newer workbench: update."
+                f"{folder} needs the unknown change {record['kind']!r}.", "It comes from a newer workbench: update."
             )
-        loaded = TRANSFORMS.create(record["kind"], loaded, record)
+        loaded = _replayed(loaded, record, folder)
     _fill(loaded, tensors, folder)
     loaded.structure = structure  # type: ignore[assignment]
     if description["channels_last"]:  # another memory layout sums in another order, and the last bits differ
@@ -131,7 +139,7 @@ def read_structure(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ArtefactError(f"{str(file)!r} can't be read: {error.strerror}.", "Pass a folder written by save_model.") from None
     except ValueError as error:
         raise ArtefactError(f"{str(file)!r} isn't JSON: {error}.", "Copy the artefact again from where it was made.") from None
-    if not isinstance(description, dict) or _KEYS - description.keys():
+    if not isinstance(description, dict) or _KEYS - description.keys() or not _is_list_of_records(description["transforms"]):
         raise ArtefactError(f"{str(file)!r} doesn't describe a model.", "Pass a folder written by save_model.")
     if description["format"] != FORMAT:
         raise ArtefactError(f"{str(file)!r} has format {description['format']!r}; this reads {FORMAT}.", "Update the workbench.")
@@ -202,6 +210,25 @@ def _build(structure: Structure, folder: Path) -> nn.Module:
         raise ArtefactError(f"{folder} describes a model this version can't build: {error.what}", error.remedy) from error
     # The saved weights replace the pretrained ones: don't download those.
     return build_model(config.override({"pretrained": False}), root=folder)
+
+
+def _replayed(model: nn.Module, record: dict[str, Any], folder: Path) -> nn.Module:
+    try:
+        replayed: nn.Module = TRANSFORMS.create(record["kind"], model, record)
+    except ArtefactError:
+        raise
+    except WorkbenchError as error:
+        raise ArtefactError(f"{folder}: the change {record['kind']!r} can't be replayed: {error.what}", error.remedy) from error
+    except Exception as error:  # a record that doesn't fit the model may fail anywhere
+        raise ArtefactError(
+            f"{folder}: the change {record['kind']!r} can't be replayed: {type(error).__name__}: {error}.",
+            f"{STRUCTURE} or the model's code was changed since it was saved, or another version saved it: restore them.",
+        ) from error
+    return replayed
+
+
+def _is_list_of_records(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(record, dict) and isinstance(record.get("kind"), str) for record in value)
 
 
 def _read_weights(file: Path, digest: str) -> dict[str, torch.Tensor]:

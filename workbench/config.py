@@ -17,7 +17,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Self, Union, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
@@ -82,6 +83,22 @@ class Config(BaseModel):
             raise ConfigError(explain(error, type(self))) from None
         finally:
             _depth.reset(token)
+
+    @classmethod
+    def checked(cls, config: Self | None) -> Self:
+        """``config`` itself, or the defaults for None.
+
+        Raises:
+            ConfigError: it is anything else, settings of another kind included.
+        """
+        if config is None:
+            return cls()
+        if not isinstance(config, cls) or config.kind != cls.kind:
+            settings = "**settings" if isinstance(config, Mapping) else "…"
+            raise ConfigError(
+                f"The config is a {type(config).__name__}, not a {cls.__name__}.", f"Build one: {cls.__name__}({settings})."
+            )
+        return config
 
     def override(self, changes: Mapping[str, Any] | Iterable[str]) -> Self:
         """A copy with dotted settings changed.
@@ -218,7 +235,24 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 def explain(error: ValidationError, owner: type[BaseModel]) -> str:
     """Pydantic's errors as sentences: the setting, its value, what is allowed, what it means."""
-    return " ".join(_sentence(dict(item), owner) for item in error.errors(include_url=False))
+    items: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for item in error.errors(include_url=False):
+        place = _without_tag(item["loc"], owner)
+        key = (*place, len(items)) if place == item["loc"] else place
+        if key in items:  # another member of the same union
+            items[key]["msg"] += f", or {item['msg'].removeprefix('Input should be ')}"
+        else:
+            items[key] = {**item, "loc": place}
+    return " ".join(_sentence(item, owner) for item in items.values())
+
+
+def _without_tag(location: tuple[int | str, ...], owner: type[BaseModel]) -> tuple[int | str, ...]:
+    """Where a setting is, without pydantic's name for the member of a union that it was tried as."""
+    if len(location) < 2:
+        return location
+    model, _ = _field(owner, [str(part) for part in location[:-1]])
+    field = model.model_fields.get(str(location[-2]))
+    return location[:-1] if field is not None and get_origin(field.annotation) in (Union, UnionType) else location
 
 
 def _sentence(item: dict[str, Any], owner: type[BaseModel]) -> str:

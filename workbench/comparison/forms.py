@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,13 +85,20 @@ class Score:
 
 
 def load(variant: Any, folder: Path) -> Variant:
-    """A variant from a model, a run, or the folder of either; a model is saved in ``folder``, to see what it takes."""
+    """A variant from a model, a run, or the folder of either; a model is saved in ``folder``, to see what it takes.
+
+    Raises:
+        ConfigError: it is something else.
+    """
     if isinstance(variant, nn.Module):
         model, saved = variant, save_model(variant, folder, weights_only=True)
     else:
-        saved = Path(getattr(variant, "path", variant))
+        place = getattr(variant, "path", variant)
+        if not isinstance(place, str | os.PathLike):
+            raise ConfigError(f"A variant is a {type(variant).__name__}.", "Pass a model, a run, or the folder of either.")
+        saved = Path(place)
         steps = read_structure(saved)["transforms"]
-        on_gpu = any(step["kind"] == "quantize" and step["config"].get("backend") == "cuda" for step in steps)
+        on_gpu = any(step["kind"] == "quantize" and step.get("config", {}).get("backend") == "cuda" for step in steps)
         model = load_model(saved, "cuda" if on_gpu else "cpu")
     return Variant(model, structure_of(model), saved, read_structure(saved)["parameters"], size_on_disk(saved))
 
@@ -104,7 +112,7 @@ def device_for(loaded: Mapping[str, Variant], config: CompareConfig) -> torch.de
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("device='cuda', and no CUDA device is there.", "Compare with device='cpu'.")
-    there = [_device(variant.model).type == "cuda" for variant in loaded.values()]
+    there = [device_of(variant.model).type == "cuda" for variant in loaded.values()]
     for_gpu = [name for name, variant in loaded.items() if variant.backend == "cuda"]
     chosen = config.device if config.device != "auto" else "cuda" if for_gpu or all(there) else "cpu"
     for name, variant in loaded.items():
@@ -215,7 +223,7 @@ def count_all_macs(loaded: Mapping[str, Variant], x: Tensor) -> None:
             if loaded[origin].parameters == variant.parameters and set(steps) <= {"quantize", "qat"}:
                 variant.macs = loaded[origin].macs
                 continue
-        counted = count_macs(variant.model, x[:1].to(_device(variant.model)))
+        counted = count_macs(variant.model, x[:1].to(device_of(variant.model)))
         sees_all = variant.quantized is None or variant.quantized.get("mode") in ("static", "qat")
         variant.macs = counted if sees_all and counted else None
 
@@ -250,6 +258,7 @@ class _Plain:
         return output
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where its tensors lie."""
     tensors = (t for t in model.state_dict().values() if isinstance(t, Tensor))
     return next((tensor.device for tensor in tensors), torch.device("cpu"))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from workbench.comparison.advice import flags_of
 from workbench.comparison.config import CompareConfig
-from workbench.comparison.forms import Form, Score, count_all_macs, device_for, first_calls, forms_of, load
+from workbench.comparison.forms import Form, Score, count_all_macs, device_for, device_of, first_calls, forms_of, load
 from workbench.comparison.memory import peak_bytes
 from workbench.comparison.moved import moved_attributions
 from workbench.comparison.reload import Reload
@@ -26,6 +26,7 @@ from workbench.comparison.result import Comparison, Moved
 from workbench.comparison.rows import class_changes, measurements
 from workbench.compress.compilation import has_compiler
 from workbench.compress.latency import latency_of
+from workbench.compress.sample import try_out
 from workbench.data.cards import card_names, read_card
 from workbench.errors import ConfigError, DataError, ModelError
 from workbench.run import Run
@@ -51,16 +52,16 @@ def compare(
         classes that lost, the attributions that moved, and what got worse, in words.
 
     Raises:
-        DataError: no data, or batches that aren't (x, y).
+        DataError: no data, batches that aren't (x, y), or inputs that a variant doesn't take.
         ModelError: a variant whose outputs aren't logits (N, classes).
         DeviceError: a device that isn't there.
 
     Intervals, 95 %: Wilson's of an accuracy, Tango's of the change on the same samples. "Worse" in the warnings: McNemar's exact
     test, p < 0.05; of classes, with Holm's correction.
     """
-    config = config or CompareConfig()
-    if not variants:
-        raise ConfigError("There is nothing to compare.", 'Pass at least one variant: {"baseline": model}.')
+    config = CompareConfig.checked(config)
+    if not isinstance(variants, Mapping) or not variants:
+        raise ConfigError("There is nothing to compare.", 'Pass at least one variant by its name: {"baseline": model}.')
     batches = _batches(data)
     first = next(batches, None)
     if first is None:
@@ -69,6 +70,8 @@ def compare(
     with _threads(config.threads), tempfile.TemporaryDirectory() as folder:
         loaded = {str(name): load(v, Path(folder, f"variant-{i}")) for i, (name, v) in enumerate(variants.items())}
         device = device_for(loaded, config)
+        for name, variant in loaded.items():
+            try_out(variant.model, first[0][:1].to(device_of(variant.model)), "the data", f"The variant {name!r}")
         inputs = {size: _of_size(first[0], size).to(device) for size in config.batch_sizes}
         widest = inputs[config.batch_sizes[-1]]
         checked = loaded if config.reload else {}

@@ -21,7 +21,7 @@ from torch import nn
 
 from workbench.compress.capture import Captured
 from workbench.errors import DeviceError, ModelError
-from workbench.models.structure import structure_of
+from workbench.models.structure import check_module, structure_of
 
 
 def compiled(model: nn.Module, dtype: torch.dtype = torch.float32, *, tune: bool = False) -> nn.Module:
@@ -38,6 +38,7 @@ def compiled(model: nn.Module, dtype: torch.dtype = torch.float32, *, tune: bool
         DeviceError: there is no C++ compiler on this machine.
         ModelError: at the first call, the model can't be compiled as one graph; the message names the line.
     """
+    check_module(model)
     if not has_compiler():
         raise DeviceError("Compiling needs a C++ compiler, and none was found.", "Install g++ (apt-get install g++), or set CXX.")
     return _Compiled(model, dtype, tune)

@@ -9,17 +9,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from workbench.compress.sample import evaluating
+
 
 def count_macs(model: nn.Module, x: torch.Tensor) -> int:
     """Multiply-accumulates of one pass over ``x``: convolutions, matrix products, attention, recurrent layers."""
-    modes = {module: module.training for module in model.modules()}
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops})
-    try:
-        with torch.no_grad(), counter:
-            model.eval()(x)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), torch.no_grad(), counter:
+        model(x)
     return int(counter.get_total_flops()) // 2
 
 

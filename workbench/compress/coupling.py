@@ -81,6 +81,7 @@ class Couplings:
         self.source, self.x, self.heads = model, x, heads
         self.model = copy.deepcopy(model)
         self.names = {module: name for name, module in self.model.named_modules()}
+        self._sharing = _sharing(self.model)
         self.whole: dict[str, str] = {}
         with explained(model):
             self._graph = _trace(self.model, x)
@@ -110,6 +111,9 @@ class Couplings:
                 continue
             if ignored.intersection(layers):
                 self.whole[name] = "ignored"
+                continue
+            if (torn := self._torn(members)) is not None:
+                self.whole[name] = f"it shares a weight with {torn}, which would lose other channels"
                 continue
             attended = [layer for layer in outs if layer in heads]
             if attended:
@@ -149,6 +153,20 @@ class Couplings:
                 )
             else:
                 self.whole[name] = f"it has {channels} channels, and round_to={round_to} leaves none to remove"
+
+    def _torn(self, members: Any) -> str | None:
+        """A layer that shares a parameter with one of ``members``, and doesn't lose the same of it."""
+        lost: dict[nn.Module, set[tuple[int, int, int]]] = {}
+        for item in members.items:
+            layer, out = item.dep.target.module, self._graph.is_out_channel_pruning_fn(item.dep.handler)
+            if layer in self._sharing:
+                axis = int(out == isinstance(layer, nn.Embedding | nn.modules.conv._ConvTransposeNd))
+                lost.setdefault(layer, set()).update((axis, *pair) for pair in zip(item.idxs, item.root_idxs, strict=True))
+        for layer, rows in lost.items():
+            for other in self._sharing[layer]:
+                if lost.get(other) != rows:
+                    return self.names[other]
+        return None
 
     def _downstream(self, members: Any) -> Any:
         """The group as numbered by the layer after attention: q, k and v share its numbers, head by head."""
@@ -230,6 +248,19 @@ class _Graph(DependencyGraph):  # type: ignore[misc]
 
         group._group = [item for item in group.items if tied(item.dep)]
         return group
+
+
+def _sharing(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """The layers that hold a parameter of another layer, and which those are."""
+    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(module)
+    found: dict[nn.Module, list[nn.Module]] = {}
+    for layers in owners.values():
+        for layer in layers if len(layers) > 1 else ():
+            found.setdefault(layer, []).extend(other for other in layers if other is not layer)
+    return found
 
 
 def _width(graph: DependencyGraph, dep: Any) -> int | None:

@@ -42,6 +42,7 @@ def distill(
     """
     from torch import nn
 
+    config = TrainConfig.checked(config)
     settings = config.distill or DistillConfig()
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(teacher, nn.Module):

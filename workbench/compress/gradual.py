@@ -26,7 +26,7 @@ from workbench.compress.plan import Plan
 from workbench.compress.pruning_config import PruneConfig
 from workbench.compress.sample import one_sample
 from workbench.errors import ConfigError
-from workbench.models.structure import structure_of
+from workbench.models.structure import check_module, structure_of
 from workbench.run import Run
 from workbench.storage import write_atomic
 from workbench.training import TrainConfig, train
@@ -87,6 +87,8 @@ def prune_gradually(
         ConfigError: the folder belongs to other settings or another model.
         WorkbenchError: as of :func:`workbench.compress.prune` and :func:`workbench.train`.
     """
+    check_module(model)
+    config = GradualConfig.checked(config)
     root = None if folder is None else Path(folder)
     if root is not None:
         _claim(root, model, config, tune)

@@ -21,7 +21,7 @@ from workbench.compress.sample import one_sample
 from workbench.compress.search import Ranking, nearest, shortest, topped_up
 from workbench.compress.surgery import config_sizes, reshaped, set_config
 from workbench.errors import ConfigError, ModelError, unknown
-from workbench.models.structure import count_parameters, is_channels_last, structure_of
+from workbench.models.structure import check_module, count_parameters, is_channels_last, structure_of
 
 _WITHIN = 0.01
 """Removed beyond the ratio, at most; else a remark says why."""
@@ -52,6 +52,7 @@ class Plan:
     def __init__(
         self, model: nn.Module, config: PruneConfig, example: Any = None, data: Any = None, original: nn.Module | None = None
     ) -> None:
+        check_module(model)
         _refuse(model)
         self.model, self.config = model, config
         self.source = copy.deepcopy(model).eval().requires_grad_(True)  # coupling is traced through autograd
@@ -94,7 +95,7 @@ class Plan:
         if length is None:
             most = removed(len(self.ranking))
             raise ModelError(
-                f"{wanted:.0%} of the {self.config.target} can't be removed from {self._name}: "
+                f"{wanted:.1%} of the {self.config.target} can't be removed from {self._name}: "
                 f"at most {most:.1%}{self._because()}.",
                 self._remedy("Ask for less, set round_to=1, or ignore fewer layers."),
             )
@@ -181,7 +182,7 @@ class Plan:
         length, left = nearest(share, lambda k: 1 - removed(k), len(self.ranking), wanted, _NEAR, settings.trials, begun)
         if left > wanted * (1 + _LANDS):
             raise ModelError(
-                f"{self.config.ratio:.0%} of the latency of {self._name} can't be removed: "
+                f"{self.config.ratio:.1%} of the latency of {self._name} can't be removed: "
                 f"at most {1 - left:.1%}{self._because()}.",
                 "Ask for less, set round_to='auto', or time a larger batch (latency={'batch': 32}): the rest of the time doesn't "
                 "depend on channels.",

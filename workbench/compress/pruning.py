@@ -54,9 +54,8 @@ def prune(model: nn.Module, config: PruneConfig | None = None, example: Any = No
     Raises:
         ModelError: the model can't be traced or pruned, or so much can't be removed.
         ConfigError: a named layer that isn't there, or a criterion that looks at data without any.
-        DataError: data that isn't batches (x, y).
+        DataError: an example that the model doesn't take, or data that isn't batches (x, y).
     """
-    config = config or PruneConfig()
-    plan = Plan(model, config, example, data)
+    plan = Plan(model, PruneConfig.checked(config), example, data)
     cuts, found = plan.search()
     return plan.apply(cuts, found)

@@ -22,8 +22,9 @@ from workbench.compress import qat
 from workbench.compress.graph import QuantizedModel, our_versions
 from workbench.compress.quantization_config import QuantConfig
 from workbench.compress.rounding import FLOAT_OPERATIONS
+from workbench.compress.sample import try_out
 from workbench.errors import ConfigError, DataError, ModelError
-from workbench.models.structure import count_parameters, structure_of
+from workbench.models.structure import check_module, count_parameters, structure_of
 from workbench.registry import Registry
 
 Found = dict[str, Any]
@@ -69,19 +70,23 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, data: Any = No
 
     Args:
         model: takes one tensor (N, ...). One that :class:`~workbench.compress.qat.QuantAwareTraining` prepared and that was
-            trained becomes INT8 with the ranges that it learned.
+            trained becomes INT8 with the ranges that it learned. A static INT8 model takes any number of samples, of the shape
+            that it was calibrated with.
         config: by default static, 8 bits for weights and activations.
-        data: calibration samples, typical of what the model will see: a tensor (N, ...), or an iterable of such tensors or
-            of (x, y) batches. Needed in static mode; elsewhere, onnxruntime and openvino export with it, and others take none.
+        data: calibration samples, typical of what the model will see: a tensor (N, ...), a batch (x, y), or an iterable of
+            such tensors or batches. Needed in static mode; elsewhere, onnxruntime and openvino export with it.
 
     Raises:
         ModelError: the model can't be exported (the message names the line), or has nothing to quantize.
-        DataError: static mode without samples, or samples that aren't tensors.
+        DataError: static mode without samples, or samples that the model doesn't take, that differ in shape, or aren't finite.
         ConfigError: settings that don't go with this model.
         MissingDependency: the backend's extra isn't installed.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference" (2018).
     """
+    check_module(model)
+    if config is not None:
+        QuantConfig.checked(config)
     if qat.is_prepared(model):
         recorded = QuantConfig(**qat.qat_record(model)["config"])
         if config is not None and config != recorded:
@@ -107,6 +112,9 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, data: Any = No
             "Pass data=: a tensor (N, ...), or batches of typical inputs; or use mode='dynamic', which needs no data.",
         )
     source = copy.deepcopy(model).cpu().eval()
+    _check_weights(source, config)
+    if batches:
+        try_out(source, batches[0][:2], "the calibration samples")
     quantized, found = _method(config)(source, config, batches)
     record = {
         "kind": "quantize",
@@ -154,10 +162,13 @@ def calibration_batches(data: Any, limit: int) -> Iterator[torch.Tensor]:
     """At most ``limit`` samples of ``data``, as batches (N, ...) of inputs on the CPU.
 
     Raises:
-        DataError: they aren't tensors.
+        DataError: they aren't tensors, differ in shape or type, or aren't finite.
     """
     if data is None:
         return
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, torch.Tensor) for part in data):
+        data = [data]
+    first: torch.Tensor | None = None
     if not isinstance(data, torch.Tensor) and not isinstance(data, Iterable):
         raise DataError(f"Calibration data is a {type(data).__name__}.", "Pass a tensor (N, ...) or an iterable of batches.")
     for batch in torch.split(data, 64) if isinstance(data, torch.Tensor) else data:
@@ -165,12 +176,32 @@ def calibration_batches(data: Any, limit: int) -> Iterator[torch.Tensor]:
         if not isinstance(x, torch.Tensor):
             raise DataError(
                 f"A calibration batch holds a {type(x).__name__}.",
-                "Static quantization takes models of one tensor; use mode='dynamic'.",
+                "Pass tensors (N, ...), or batches (x, y) of which x is one; models of other inputs take mode='dynamic'.",
             )
+        first = x if first is None else first
+        if x.shape[1:] != first.shape[1:] or x.dtype != first.dtype:
+            raise DataError(
+                f"Calibration samples differ: {list(first.shape[1:])} of {first.dtype}, then {list(x.shape[1:])} of {x.dtype}.",
+                "Bring them to one shape and type: a static model is made for one.",
+            )
+        if not x[:limit].isfinite().all():
+            raise DataError("Calibration samples hold NaN or infinite values.", "Clean them: ranges can't be taken from those.")
         yield x[:limit].detach().cpu()
         limit -= len(x)
         if limit <= 0:
             return
+
+
+def _check_weights(source: nn.Module, config: QuantConfig) -> None:
+    kernels = (torch.float32, torch.bfloat16) if config.backend == "cpu" and config.mode in ("static", "qat") else ()
+    for name, parameter in source.named_parameters():
+        if not parameter.isfinite().all():
+            raise ModelError(f"The weight {name!r} holds NaN or infinite values.", "Train again, from before they appeared.")
+        if kernels and parameter.is_floating_point() and parameter.dtype not in kernels:
+            raise ModelError(
+                f"The weight {name!r} is {parameter.dtype}; INT8 kernels on CPUs stand beside float32 and bfloat16 alone.",
+                "Quantize model.float().",
+            )
 
 
 def _rebuilt(source: nn.Module, config: QuantConfig, record: Found) -> QuantizedModel:

@@ -22,7 +22,7 @@ from workbench.compress.criteria import batches_of
 from workbench.compress.plan import Plan
 from workbench.compress.pruning_config import PruneConfig
 from workbench.errors import ConfigError, DataError, ModelError
-from workbench.models.structure import count_parameters
+from workbench.models.structure import check_module, count_parameters
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +76,12 @@ class Sensitivity:
         Returns:
             ``ignored``: layers that cost more at every ratio tried. ``ratios``: the largest ratio within the drop for layers that
             bear some of the ratios, but not all. Those that bear all are left to the ranking.
+
+        Raises:
+            ConfigError: a drop that is no fraction.
         """
+        if not 0 <= drop < 1:
+            raise ConfigError(f"drop={drop} must lie between 0 and 1.", "Pass a fraction: 0.01 is a point of accuracy.")
         ignored, ratios = [], {}
         for layer, rows in self.frame.groupby("layer", sort=False):
             rows = rows.sort_values("ratio")
@@ -116,7 +121,8 @@ def sensitivity(
     """
     import pandas as pd
 
-    config = config or PruneConfig()
+    check_module(model)
+    config = PruneConfig.checked(config)
     asked = sorted(set(ratios))
     if not asked or not all(0 < ratio < 1 for ratio in asked):
         raise ConfigError(f"ratios={list(ratios)} must lie between 0 and 1.", "Pass e.g. (0.25, 0.5, 0.75).")
@@ -172,6 +178,8 @@ class _Kept:
         if path is None:
             return
         of = {"of": _digest([*model.state_dict().values(), *(part for batch in batches for part in batch)], config)}
+        if path.is_dir():
+            raise ConfigError(f"{str(path)!r} is a folder.", "Pass a file in it, e.g. sensitivity.jsonl.")
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         if not lines:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,8 @@ import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from workbench.errors import ModelError
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -27,6 +29,22 @@ class Structure:
     def then(self, transform: dict[str, Any]) -> Structure:
         """This structure with one more change; the given one stays as it is."""
         return Structure(copy.deepcopy(self.model), [*copy.deepcopy(self.transforms), transform])
+
+
+def check_module(model: Any) -> None:
+    """Refuse what isn't a module, naming the one that it holds.
+
+    Raises:
+        ModelError: ``model`` is no ``torch.nn.Module``.
+    """
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        held = isinstance(getattr(model, "model", None), nn.Module)
+        raise ModelError(
+            f"The model is a {type(model).__name__}.",
+            "Pass the module that it holds: its .model." if held else "Pass a torch.nn.Module, e.g. load_model(path).",
+        )
 
 
 def structure_of(model: nn.Module) -> Structure:
