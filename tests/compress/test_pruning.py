@@ -61,6 +61,17 @@ def test_macs_as_the_target():
     assert 0.5 <= 1 - _macs(pruned, X[:1]) / _macs(MODEL, X[:1]) <= 0.51
 
 
+@pytest.mark.parametrize("target", ["parameters", "macs"])
+def test_economy_takes_from_where_the_target_lies_and_spares_the_rest(target):
+    model, x = _resnet(), torch.zeros(1, 1, 28, 28)
+    count = {"parameters": lambda m: _parameters(m), "macs": lambda m: _macs(m, x)}
+    other = "macs" if target == "parameters" else "parameters"
+    even, saving = (prune(model, PruneConfig(ratio=0.6, target=target, economy=e), x) for e in (0.0, 0.5))
+    for pruned in (even, saving):
+        assert 0.6 <= 1 - count[target](pruned) / count[target](model) <= 0.61
+    assert count[other](saving) > 1.1 * count[other](even)
+
+
 def test_the_report_agrees_with_an_independent_count():
     report = prune(MODEL, PruneConfig(), X).structure.transforms[-1]
     pruned = prune(MODEL, PruneConfig(), X)

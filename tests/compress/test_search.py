@@ -68,6 +68,14 @@ def test_scopes_lose_the_same_share_and_within_one_the_worst_go_first():
     assert cuts == {"a": 9, "c": 10}  # ten of scope x, of which a keeps its last
 
 
+def test_weights_shift_what_each_group_loses():
+    groups = [_group("dear", 100), _group("cheap", 100)]
+    ranking = Ranking(groups, [torch.rand(100), torch.rand(100)], weights=[0.25, 1.0])
+    cuts = {name: len(channels) for name, _, channels in ranking.cuts(100)}
+    # q / 4 of the one's ranks go before q of the other's
+    assert cuts["dear"] == pytest.approx(80, abs=6) and cuts["cheap"] == pytest.approx(20, abs=6)
+
+
 def test_fixed_shares_stand_apart():
     groups = [_group("a", 10), _group("b", 10)]
     ranking = Ranking(groups, [torch.rand(10), torch.rand(10)], fixed={0: 0.3})
@@ -170,5 +178,5 @@ def test_a_latency_out_of_reach_is_refused():
 
     model = build_model(ModelConfig(name="resnet20", num_classes=10, in_channels=1, args={"width": 4})).eval()
     latency = {"form": "eager", "seconds": 0.2, "trials": 2}
-    with pytest.raises(ModelError, match=r"99% of the latency of \w+ can't be removed: at most"):
+    with pytest.raises(ModelError, match=r"99.0% of the latency of \w+ can't be removed: at most"):
         prune(model, PruneConfig(ratio=0.99, target="latency", latency=latency), torch.randn(1, 1, 28, 28))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from fnmatch import fnmatch
 from functools import partial
 from typing import Any
@@ -78,7 +78,7 @@ class Plan:
                     continue
                 self.groups.append(group)
                 self.scores.append(torch.stack([channels[list(unit)].mean() for unit in group.units]))
-        self.ranking = Ranking(self.groups, self.scores, self._fixed(), config.max_layer_ratio)
+        self.ranking = Ranking(self.groups, self.scores, self._fixed(), config.max_layer_ratio, self._weights())
 
     def search(self) -> tuple[Cuts, dict[str, Any]]:
         """The least pruning that meets the target, and what the record says of it."""
@@ -89,7 +89,7 @@ class Plan:
             )
         if self.config.target == "latency":
             return self._to_latency()
-        removed = self._removed(self.config.target)
+        removed = self._prefixes(self.config.target)
         wanted = self.config.ratio
         length = shortest(removed, len(self.ranking), wanted)
         if length is None:
@@ -150,8 +150,13 @@ class Plan:
     def _costs(self, model: nn.Module) -> dict[str, int]:
         return {"parameters": count_parameters(model), "macs": count_macs(model, self.x)}
 
-    def _removed(self, target: str) -> Callable[..., float]:
-        """The share of the target that a prefix (and single groups' further steps) removes; each is tried once."""
+    def _prefixes(self, target: str) -> Callable[..., float]:
+        """The share of the target that a prefix (and single groups' further steps) removes."""
+        removed = self._removed(target)
+        return lambda length, extra=None: removed(self.ranking.cuts(length, extra))
+
+    def _removed(self, target: str) -> Callable[[Cuts], float]:
+        """The share of the target that cuts remove; each is tried once."""
 
         def measure(model: nn.Module) -> int:
             return count_parameters(model) if target == "parameters" else count_macs(model, self.x)
@@ -159,8 +164,7 @@ class Plan:
         total = measure(self.original)
         seen: dict[tuple[tuple[str, int], ...], float] = {}
 
-        def removed(length: int, extra: Mapping[int, int] | None = None) -> float:
-            cuts = self.ranking.cuts(length, extra)
+        def removed(cuts: Cuts) -> float:
             key = tuple((name, len(channels)) for name, _, channels in cuts)
             if key not in seen:
                 seen[key] = 1 - measure(cut(self.source, self.x, cuts, self.heads)) / total
@@ -168,9 +172,16 @@ class Plan:
 
         return removed
 
+    def _weights(self) -> list[float] | None:
+        """For each group, what one of its units saves of the target, to the power -``economy``."""
+        if not self.config.economy:
+            return None
+        saved = self._removed("parameters" if self.config.target == "parameters" else "macs")
+        return [saved([(group.name, group.is_out, list(group.units[0]))]) ** -self.config.economy for group in self.groups]
+
     def _to_latency(self) -> tuple[Cuts, dict[str, Any]]:
         settings, wanted = self.config.latency, 1 - self.config.ratio
-        removed = self._removed("macs")
+        removed = self._prefixes("macs")
         baseline = self._timed(self.original)[0]
 
         def share(length: int) -> float:

@@ -58,6 +58,14 @@ class PruneConfig(Config):
         description="How channels are ranked; the lowest scores are removed. taylor and attribution look at data.",
         json_schema_extra=hint(choices="criteria"),
     )
+    economy: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="How much it counts what a channel costs: its rank is divided by what it saves of the target (latency: of the "
+        "multiply-accumulates) to this power. 0 takes the same share of all layers; 0.5 more from where the target lies.",
+        json_schema_extra=hint(advanced=True),
+    )
     ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
         default_factory=dict,
         description="Fraction of a layer's channels to remove, by name or pattern, e.g. {'stages.2.*': 0.5}; "

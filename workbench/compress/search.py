@@ -20,10 +20,11 @@ _PRECISION = 1e-3
 
 class Ranking:
     """Units of ``groups`` in the order in which they go: by their rank among the groups of their scope, so that every scope loses
-    the same share; a rank over all would empty whole layers.
+    the same share; a rank over all would empty whole layers. Weights shift that: what has a low weight goes earlier.
 
     Args:
         scores: one a unit, by group; a group without any stays whole.
+        weights: by group, what its units' ranks are multiplied with.
         fixed: the share of its units that a group loses whatever else happens, by group.
         most: the share of its units that any other group loses at most.
     """
@@ -34,8 +35,10 @@ class Ranking:
         scores: Sequence[torch.Tensor],
         fixed: Mapping[int, float] | None = None,
         most: float = 1.0,
+        weights: Sequence[float] | None = None,
     ) -> None:
         self.groups, self.most = groups, most
+        weights = weights or [1.0] * len(groups)
         self.fixed = dict(fixed or {})
         self.order = [score.argsort(stable=True).tolist() for score in scores]
         self.queue: list[int] = []
@@ -44,7 +47,7 @@ class Ranking:
             if index not in self.fixed:
                 by_scope.setdefault(group.scope, []).extend((value, index) for value in score.tolist())
         ranked = [
-            ((place + 0.5) / len(units), index)
+            ((place + 0.5) / len(units) * weights[index], index)
             for units in by_scope.values()
             for place, (_, index) in enumerate(sorted(units, key=lambda unit: unit[0]))
         ]
