@@ -1,13 +1,12 @@
 import copy
 import json
-import subprocess
-import sys
 from importlib.metadata import version
 
 import pytest
 import torch
 from torch import nn
 
+from tests.fresh import answers_elsewhere
 from workbench.artefact import STRUCTURE, WEIGHTS, load_model, read_structure, save_model
 from workbench.compress import PruneConfig, QuantConfig, prune, quantize
 from workbench.errors import ArtefactError, DeviceError
@@ -38,15 +37,8 @@ class Tied(nn.Module):
 
 
 def test_a_model_comes_back_equal_in_a_fresh_process(model, x, tmp_path):
-    save_model(model, tmp_path / "m")
-    torch.save(x, tmp_path / "x.pt")
-    code = (
-        "import sys, torch; from workbench.artefact import load_model\n"
-        "torch.set_num_threads(int(sys.argv[2])); folder = sys.argv[1]\n"
-        "m = load_model(folder + '/m'); torch.save(m(torch.load(folder + '/x.pt')), folder + '/y.pt')"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(torch.get_num_threads())], check=True)
-    assert torch.equal(torch.load(tmp_path / "y.pt"), model(x))
+    (found,) = answers_elsewhere([(model, x)], tmp_path)
+    assert torch.equal(found, model(x))
 
 
 def test_files_hold_no_pickle_and_tell_what_is_in_them(model, tmp_path):

@@ -1,13 +1,10 @@
 """Ratios by layer, rounding, attention heads, reasons, reload: on every kind of architecture."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
 
-from workbench.artefact import load_model, save_model
+from tests.fresh import answers_elsewhere
 from workbench.compress import PruneConfig, prune
 from workbench.errors import ConfigError, ModelError
 from workbench.models import ModelConfig, build_model
@@ -141,6 +138,7 @@ CHAINS = {
 
 @pytest.mark.slow
 def test_pruned_twice_reloads_bit_equal_in_a_fresh_process(tmp_path):
+    cases = []
     for name, (args, kind) in CHAINS.items():
         torch.manual_seed(0)
         x = torch.randint(1, 300, (3, 20)) if kind == "text" else torch.randn(2, 3, 32, 32)
@@ -149,19 +147,9 @@ def test_pruned_twice_reloads_bit_equal_in_a_fresh_process(tmp_path):
         with _quiet():
             pruned = prune(prune(model, PruneConfig(ratio=0.2), x), PruneConfig(ratio=0.2), x)
         assert _count(pruned) <= 0.64 * _count(model)
-        save_model(pruned, tmp_path / name)
-        torch.save((x, pruned(x)), tmp_path / name / "expected.pt")
-        assert torch.equal(load_model(tmp_path / name)(x), pruned(x)), name
-    code = """
-import sys, torch
-from pathlib import Path
-from workbench.artefact import load_model
-for folder in Path(sys.argv[1]).iterdir():
-    x, expected = torch.load(folder / "expected.pt")
-    assert torch.equal(load_model(folder)(x), expected), folder
-assert "torch_pruning" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+        cases.append((pruned, x))
+    for name, (pruned, x), found in zip(CHAINS, cases, answers_elsewhere(cases, tmp_path), strict=True):
+        assert torch.equal(found, pruned(x)), name
 
 
 def test_token_ids_are_guessed_for_a_model_that_begins_with_an_embedding():

@@ -1,12 +1,11 @@
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tests.fresh import answers_elsewhere
 from workbench.artefact import load_model, save_model, size_on_disk
 from workbench.compress import QuantConfig, Quantizer, compiled, prune, quantize
 from workbench.compress.compilation import has_compiler
@@ -88,17 +87,7 @@ def test_the_given_model_stays_as_it_was(model, x):
 
 def test_reloads_bit_equal_in_a_fresh_process(model, static, x, tmp_path):
     pruned = quantize(prune(model, PruneConfig(ratio=0.4), x), QuantConfig(), x)
-    save_model(static, tmp_path / "int8")
-    save_model(pruned, tmp_path / "pruned")
-    torch.save(x, tmp_path / "x.pt")
-    code = (
-        "import sys, torch; from workbench.artefact import load_model\n"
-        "torch.set_num_threads(int(sys.argv[2])); folder = sys.argv[1]; x = torch.load(folder + '/x.pt')\n"
-        "torch.save([load_model(folder + name)(x) for name in ('/int8', '/pruned')], folder + '/y.pt')\n"
-        "assert 'torch_pruning' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(torch.get_num_threads())], check=True)
-    first, second = torch.load(tmp_path / "y.pt")
+    first, second = answers_elsewhere([(static, x), (pruned, x)], tmp_path)
     assert torch.equal(first, static(x)) and torch.equal(second, pruned(x))
 
 

@@ -1,6 +1,4 @@
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -8,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.fresh import answers_elsewhere
 from workbench import TrainConfig, train
-from workbench.artefact import load_model, save_model
+from workbench.artefact import load_model
 from workbench.compress import PruneConfig, SparsityConfig, bake_masks, prune, semi_structured, sparsify
 from workbench.compress.sparsity import nm_mask
 from workbench.errors import ConfigError, DeviceError, ModelError
@@ -86,19 +85,9 @@ def test_prune_sparsify_bake_reloads_bit_equal_in_a_fresh_process(tmp_path):
     pruned = prune(_model("resnet20"), PruneConfig(ratio=0.3, round_to=4), X)
     sparse = sparsify(pruned)
     baked = bake_masks(sparse)
-    for name, model in {"sparse": sparse, "baked": baked}.items():
-        save_model(model, tmp_path / name)
-        torch.save(model(X), tmp_path / f"{name}.pt")
-    torch.save(X, tmp_path / "x.pt")
-    code = """
-import sys, torch
-from workbench.artefact import load_model
-for name in ("sparse", "baked"):
-    model = load_model(f"{sys.argv[1]}/{name}")
-    assert torch.equal(model(torch.load(f"{sys.argv[1]}/x.pt")), torch.load(f"{sys.argv[1]}/{name}.pt")), name
-"""
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    assert [record["kind"] for record in load_model(tmp_path / "baked").structure.transforms] == [
+    answers = answers_elsewhere([(sparse, X), (baked, X)], tmp_path)
+    assert all(torch.equal(found, model(X)) for found, model in zip(answers, (sparse, baked), strict=True))
+    assert [record["kind"] for record in load_model(tmp_path / "1").structure.transforms] == [
         "prune",
         "sparsify",
         "bake_masks",

@@ -95,16 +95,8 @@ def _int8_lstm(
 
 
 @_int8_lstm.register_fake
-def _shapes(
-    x: Tensor,
-    hidden: Tensor,
-    cell: Tensor,
-    weights: list[Tensor],
-    scales: list[Tensor],
-    biases: list[Tensor],
-    bidirectional: bool,
-    batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes(x: Tensor, hidden: Tensor, cell: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, bidirectional, _ = others
     width = hidden.shape[-1] * (1 + bidirectional)
     return x.new_empty((*x.shape[:-1], width)), torch.empty_like(hidden), torch.empty_like(cell)
 
