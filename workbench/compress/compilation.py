@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from workbench.compress.capture import Captured
+from workbench.compress.joined import join_siblings
 from workbench.errors import DeviceError, ModelError
 from workbench.models.structure import check_module, structure_of
 
@@ -104,6 +105,8 @@ class _Compiled(nn.Module):
     def _compiled(self, x: torch.Tensor) -> Any:
         key = (x.shape, x.dtype, x.stride())
         device = "cuda" if self.cuda_device else "cpu"
+        if not self._seen:
+            join_siblings(self.model, x)
         # Weights are frozen only where no gradient can be asked for. Autocast's cache of weights would be freed between captured
         # calls.
         with (
