@@ -140,7 +140,8 @@ class Bench:
         if (self.folder / "qat").exists():
             makers["int8-qat"] = lambda: quantize(self.model("qat"))
         for name, make in makers.items():
-            if not (self.folder / name / "result.json").exists():
+            wanted = not self.arguments.variants or name in self.arguments.variants
+            if wanted and not (self.folder / name / "result.json").exists():
                 self.keep(name, make(), parts)
 
     def keep(self, name: str, model: nn.Module, parts: dict[str, Any]) -> None:
@@ -219,6 +220,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="of training the baseline")
     parser.add_argument("--seconds", type=float, help="for training the baseline, in place of --epochs; compiling comes on top")
     parser.add_argument("--tuning", type=int, help="epochs of training for INT8")
+    parser.add_argument("--variants", nargs="+", help="what to evaluate, e.g. fp32 int8-qat; by default everything")
     parser.add_argument("--timing", type=float, default=20, help="seconds of timing at each batch size")
     arguments = parser.parse_args()
     torch.manual_seed(0)

@@ -19,6 +19,7 @@ from torch import nn
 
 from workbench.compress import graph as graphs
 from workbench.compress import qat
+from workbench.compress.correction import correct_biases
 from workbench.compress.graph import QuantizedModel, our_versions
 from workbench.compress.quantization_config import QuantConfig
 from workbench.compress.rounding import FLOAT_OPERATIONS
@@ -143,6 +144,8 @@ def static(source: nn.Module, config: QuantConfig, given: list[torch.Tensor] | F
         return _rebuilt(source, config, given), given
     prepared = graphs.prepare(graphs.export_graph(source, given[0]), config)
     graphs.calibrate(prepared, given)
+    if config.correct_bias:
+        correct_biases(prepared, given)
     graph = graphs.convert(prepared)
     found = {"input": _kind(given[0]), "samples": sum(map(len, given)), "activations": graphs.ranges_of(graph)}
     return QuantizedModel(graph), found

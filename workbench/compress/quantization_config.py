@@ -76,6 +76,11 @@ class QuantConfig(Config):
     calibration_samples: int = Field(
         256, ge=1, description="Samples, at most, from which activation ranges are taken (static, fp8)."
     )
+    correct_bias: bool = Field(
+        True,
+        description="Move biases so that rounding leaves each layer's mean output where it was on calibration samples (static).",
+        json_schema_extra=hint(advanced=True),
+    )
     keep_float: list[str] = Field(
         default_factory=list, description="Layers left in floating point, as names or patterns, e.g. 'stem*' or '*.se.*'."
     )

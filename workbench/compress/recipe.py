@@ -73,7 +73,7 @@ class RangeObserver(ObserverBase):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rounds is not None:
-            return self._rounded(x) if self.rounds else x
+            return self.rounded(x) if self.rounds else x
         values = x.detach().float()
         if self.counts is None:
             low, high = torch.aminmax(values)
@@ -83,7 +83,8 @@ class RangeObserver(ObserverBase):  # type: ignore[misc]
             self.counts += torch.histc(values, BINS, min=low, max=high)
         return x
 
-    def _rounded(self, x: Tensor) -> Tensor:
+    def rounded(self, x: Tensor) -> Tensor:
+        """``x`` as INT8 will hold it, by the range that calibration found."""
         if self._found is None:
             scale, zero = self.calculate_qparams()
             self._found = scale.item(), int(zero)
@@ -115,10 +116,14 @@ class WeightObserver(ObserverBase):  # type: ignore[misc]
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.rounds is not None:
-            zero = torch.zeros(len(self.scale), dtype=torch.int32)
-            return torch.fake_quantize_per_channel_affine(weight, self.scale, zero, 0, -128, 127) if self.rounds else weight
+            return self.rounded(weight) if self.rounds else weight
         self.scale = weight_scale(weight.detach(), self.per_channel)
         return weight
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """``weight`` as INT8 will hold it."""
+        zero = torch.zeros(len(self.scale), dtype=torch.int32)
+        return torch.fake_quantize_per_channel_affine(weight, self.scale, zero, 0, -128, 127)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         return self.scale, torch.zeros(len(self.scale), dtype=torch.int64)
