@@ -31,7 +31,8 @@ class Net(nn.Module):
 def test_what_was_saved_comes_back_bit_by_bit(model: nn.Module, data: list[tuple[Tensor, Tensor]], tmp_path: Path) -> None:
     pruned = prune(model, PruneConfig(ratio=0.46, round_to=1), data[0])
     int8 = quantize(pruned, QuantConfig(), data)
-    dynamic = quantize(model, QuantConfig(mode="dynamic"))
+    with pytest.warns(UserWarning, match="takes linear layers"):
+        dynamic = quantize(model, QuantConfig(mode="dynamic"))
     folder = save_model(model, tmp_path / "saved")
     (tmp_path / "net.py").write_text(FORGETFUL)
     forgetful = build_model(ModelConfig(name=f"{tmp_path / 'net.py'}:Net", num_classes=4)).eval()

@@ -113,6 +113,13 @@ def test_layers_kept_in_float_and_embeddings_by_choice(ids: Tensor) -> None:
     assert type(quantized.classifier.weight.data) is not Tensor
 
 
+def test_a_model_that_hardly_changes_is_no_silent_success(tmp_path: Path) -> None:
+    model = build_model(ModelConfig(name="resnet20", num_classes=10, in_channels=1, args={"width": 4}))
+    with pytest.warns(UserWarning, match=r"mode='dynamic' takes .*: \d\.\d% of the parameters of ResNet.*mode='static'"):
+        quantized = quantize(model, DYNAMIC)
+    load_model(save_model(quantized, tmp_path / "m"))  # and isn't said again
+
+
 def test_what_has_no_form_is_refused() -> None:
     with pytest.raises(ModelError, match="mode='dynamic'"):
         quantize(text("lstm"), WEIGHTS)

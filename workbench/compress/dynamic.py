@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from workbench.compress.int8_lstm import Int8LSTM
 from workbench.compress.observers import weight_scale
 from workbench.compress.quantization_config import QuantConfig
 from workbench.errors import ModelError
+
+_LITTLE = 0.1
+"""Of the parameters: if fewer become integers, quantizing hardly changes a model."""
 
 
 def dynamic(source: nn.Module, config: QuantConfig, given: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -35,6 +39,8 @@ def dynamic(source: nn.Module, config: QuantConfig, given: Any) -> tuple[nn.Modu
     chosen = {name: module for name, module in modules.items() if name not in kept and _callable(module)}
     if not any(isinstance(module, nn.Linear | nn.LSTM) for module in chosen.values()):
         raise ModelError(f"{type(source).__name__} has no linear layer or LSTM for mode={config.mode!r}.", "Use mode='static'.")
+    if not isinstance(given, dict):  # it is said once, not at each loading
+        _say_if_little(source, config)
     for name, module in chosen.items():
         if isinstance(module, nn.Embedding):
             _put(root, name, Int8Embedding(module))
@@ -80,6 +86,19 @@ class Int8Embedding(nn.Module):
     def weight(self) -> Tensor:
         """The rows as numbers [rows, width], for models that read them elsewhere too."""
         return self.values * self.scale[:, None]
+
+
+def _say_if_little(source: nn.Module, config: QuantConfig) -> None:
+    """Warn where most of a model has no form here, whatever the settings keep."""
+    kinds = (nn.Linear, nn.LSTM, nn.Embedding)
+    taken = {p for module in source.modules() if isinstance(module, kinds) for p in module.parameters(recurse=False)}
+    share = sum(p.numel() for p in taken) / sum(p.numel() for p in source.parameters())
+    if share < _LITTLE:
+        warnings.warn(
+            f"mode={config.mode!r} takes linear layers, LSTMs and embeddings: {share:.1%} of the parameters of "
+            f"{type(source).__name__}. For convolutions, use mode='static'.",
+            stacklevel=4,
+        )
 
 
 def _callable(module: nn.Module) -> bool:
