@@ -62,8 +62,8 @@ class PruneConfig(Config):
         0.0,
         ge=0,
         le=1,
-        description="How much it counts what a channel costs: its rank is divided by what it saves of the target (latency: of the "
-        "multiply-accumulates) to this power. 0 takes the same share of all layers; 0.5 more from where the target lies.",
+        description="How much it counts what a channel costs: its rank is divided by what it saves of the target (latency: of "
+        "the multiply-accumulates) to this power. 0 takes the same share of all layers; 0.5 more from where the target lies.",
         json_schema_extra=hint(advanced=True),
     )
     ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
