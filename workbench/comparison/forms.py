@@ -224,7 +224,7 @@ def count_all_macs(loaded: Mapping[str, Variant], x: Tensor) -> None:
                 variant.macs = loaded[origin].macs
                 continue
         counted = count_macs(variant.model, x[:1].to(device_of(variant.model)))
-        sees_all = variant.quantized is None or variant.quantized.get("mode") in ("static", "qat")
+        sees_all = variant.quantized is None or (variant.backend != "cuda" and variant.quantized.get("mode") in ("static", "qat"))
         variant.macs = counted if sees_all and counted else None
 
 
