@@ -8,7 +8,8 @@ Stages, each skipping what its folder already holds:
 
 * ``train``    — MobileNetV3-Large from scratch, on images scaled to 64². ``--seconds`` takes as many epochs as fit.
 * ``qat``      — that model fine-tuned with INT8's rounding, learning from itself in floating point.
-* ``evaluate`` — INT8 by each observer, in mixed precision and from ``qat``; each compiled, right or wrong on each image.
+* ``evaluate`` — INT8 by each observer, in mixed precision and from ``qat``, and ``plain``: without equalizing or correcting biases;
+  each compiled, right or wrong on each image.
 * ``latency``  — of all compiled forms, in turns.
 * ``report``   — accuracy, its change against fp32 on the same images with its interval, file size, latency.
 
@@ -134,9 +135,12 @@ class Bench:
         parts = {"held_out": held_out, "test": load_batches(self.config.data.override({"holdout": 0}))}
         model, static = self.model("fp32"), QuantConfig(calibration_samples=CALIBRATION)
         makers: dict[str, Callable[[], nn.Module]] = {"fp32": lambda: model, "bf16": lambda: model}
+        plain = static.override({"equalize": False, "correct_bias": False})
         for observer in OBSERVERS:
             makers[f"int8-{observer}"] = partial(quantize, model, static.override({"observer": observer}), held_out)
+        makers["int8-plain"] = lambda: quantize(model, plain, held_out)
         makers["int8-mixed"] = lambda: mixed_precision(model, static, held_out, max_loss=ALLOWED)
+        makers["int8-plain-mixed"] = lambda: mixed_precision(model, plain, held_out, max_loss=0.0)
         if (self.folder / "qat").exists():
             makers["int8-qat"] = lambda: quantize(self.model("qat"))
         for name, make in makers.items():
@@ -168,7 +172,9 @@ class Bench:
 
     def latency(self) -> None:
         """Of one observer's INT8, whose speed is that of all."""
-        names = [name for name in self.results() if not name.startswith("int8-") or name[5:] in ("auto", "mixed", "qat")]
+        names = [
+            name for name in self.results() if not name.startswith("int8-") or name[5:] in ("auto", "plain", "plain-mixed", "qat")
+        ]
         models = {name: self.compiled(name) for name in names}
         ratios: dict[str, dict[str, float]] = {name: {} for name in names}
         for batch in (1, 32):

@@ -48,6 +48,24 @@ class Tokens(nn.Module):
         return self.head((self.body(self.embed(ids)) * mask).sum(1) / mask.sum(1).clamp(min=1))
 
 
+class Separable(nn.Module):
+    """A depthwise convolution after a hardswish whose channels differ up to ``spread``-fold, as trained ones may."""
+
+    gain: Tensor
+
+    def __init__(self, num_classes: int = 10, spread: float = 1.0) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8)
+        self.register_buffer("gain", torch.logspace(0, 1, 8).view(1, 8, 1, 1) ** (-torch.tensor(spread).log10()))
+        self.depthwise, self.norm2 = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8)
+        self.pointwise, self.head = nn.Conv2d(8, 16, 1), nn.Linear(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(self.norm(self.stem(x))) * self.gain
+        x = F.relu(self.pointwise(F.relu(self.norm2(self.depthwise(x)))))
+        return self.head(x.mean((2, 3)))
+
+
 def residual(num_classes: int = 10, in_channels: int = 1, width: int = 8) -> nn.Module:
     model = Residual(num_classes, in_channels, width)
     generator = torch.Generator().manual_seed(0)
@@ -61,3 +79,7 @@ def residual(num_classes: int = 10, in_channels: int = 1, width: int = 8) -> nn.
 
 def tokens(num_classes: int = 10) -> nn.Module:
     return Tokens(num_classes)
+
+
+def separable(num_classes: int = 10, spread: float = 1.0) -> nn.Module:
+    return Separable(num_classes, spread)

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.compress import graph as graphs
 from workbench.compress.graph import layer_of
-from workbench.compress.quantization import calibration_batches, quantize
+from workbench.compress.quantization import calibrated, calibration_batches, quantize
 from workbench.compress.quantization_config import QuantConfig
 from workbench.errors import ConfigError, DataError, ModelError
 
@@ -55,11 +54,9 @@ def layer_sensitivity(model: nn.Module, config: QuantConfig | None = None, data:
     samples = _Samples(data)
     source = copy.deepcopy(model).cpu().eval()
     batches = list(calibration_batches(samples.inputs, config.calibration_samples))
-    exported = graphs.export_graph(source, batches[0])
-    prepared = graphs.prepare(exported, config)
-    graphs.calibrate(prepared, batches)
     sizes = {name: p.numel() for name, p in source.named_parameters()}
     reference = samples.logits(source)
+    prepared, _ = calibrated(source, config, batches)
     rounding = _Rounding(prepared)
     rows = []
     for layer in rounding.layers:
@@ -99,7 +96,7 @@ def mixed_precision(
         ModelError: even one quantized layer loses more.
     """
     config = config or QuantConfig()
-    order = layer_sensitivity(model, config, data)["layer"].tolist()
+    order: list[str] = []
     samples = _Samples(data)
     source = copy.deepcopy(model).cpu().eval()
     reference = samples.logits(source)
@@ -113,6 +110,7 @@ def mixed_precision(
     quantized, lost = attempt(0)
     if lost <= max_loss:
         return quantized
+    order += layer_sensitivity(model, config, data)["layer"]
     low, high, found = 0, len(order), None
     while high - low > 1:
         middle = (low + high) // 2

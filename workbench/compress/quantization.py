@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from workbench.compress import graph as graphs
 from workbench.compress import qat
 from workbench.compress.correction import correct_biases
+from workbench.compress.equalization import equalize, insert
 from workbench.compress.graph import QuantizedModel, our_versions
 from workbench.compress.quantization_config import QuantConfig
 from workbench.compress.rounding import FLOAT_OPERATIONS
@@ -142,13 +144,21 @@ def static(source: nn.Module, config: QuantConfig, given: list[torch.Tensor] | F
     """An INT8 graph for Inductor; see :data:`METHODS`."""
     if isinstance(given, dict):
         return _rebuilt(source, config, given), given
-    prepared = graphs.prepare(graphs.export_graph(source, given[0]), config)
-    graphs.calibrate(prepared, given)
+    prepared, equalized = calibrated(source, config, given)
     if config.correct_bias:
         correct_biases(prepared, given)
     graph = graphs.convert(prepared)
     found = {"input": _kind(given[0]), "samples": sum(map(len, given)), "activations": graphs.ranges_of(graph)}
-    return QuantizedModel(graph), found
+    return QuantizedModel(graph), found | {"equalized": equalized}
+
+
+def calibrated(source: nn.Module, config: QuantConfig, batches: list[torch.Tensor]) -> tuple[GraphModule, list[str]]:
+    """The graph of ``source``, whose weights may change, with observers that have seen the samples; and the equalized layers."""
+    exported = graphs.export_graph(source, batches[0])
+    equalized = equalize(exported, batches, config.keep_float) if config.equalize else []
+    prepared = graphs.prepare(exported, config)
+    graphs.calibrate(prepared, batches)
+    return prepared, equalized
 
 
 def trained(source: nn.Module, config: QuantConfig, given: list[torch.Tensor] | Found) -> tuple[QuantizedModel, Found]:
@@ -211,7 +221,9 @@ def _rebuilt(source: nn.Module, config: QuantConfig, record: Found) -> Quantized
     """The INT8 graph of ``source`` with the ranges that ``record`` holds."""
     x = torch.zeros(2, *record["input"]["shape"], dtype=getattr(torch, record["input"]["dtype"]))
     left = (*FLOAT_OPERATIONS, *record["left"]) if "left" in record else ()
-    prepared = graphs.prepare(graphs.export_graph(source, x), config, left)
+    exported = graphs.export_graph(source, x)
+    insert(exported, record.get("equalized", ()))
+    prepared = graphs.prepare(exported, config, left)
     graphs.observe_weights(prepared)
     return QuantizedModel(graphs.set_ranges(graphs.convert(prepared), record["activations"], record["versions"]))
 

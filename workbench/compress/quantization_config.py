@@ -76,6 +76,12 @@ class QuantConfig(Config):
     calibration_samples: int = Field(
         256, ge=1, description="Samples, at most, from which activation ranges are taken (static, fp8)."
     )
+    equalize: bool = Field(
+        True,
+        description="Bring the channels that a depthwise convolution reads to one range before they are rounded, where they "
+        "differ so much that small ones would drown (static).",
+        json_schema_extra=hint(advanced=True),
+    )
     correct_bias: bool = Field(
         True,
         description="Move biases so that rounding leaves each layer's mean output where it was on calibration samples (static).",
