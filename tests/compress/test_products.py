@@ -18,6 +18,7 @@ from workbench.compress import QuantConfig, compiled, quantize
 from workbench.compress.calibration import inputs_seen
 from workbench.compress.gpu import reduced
 from workbench.compress.joined import Part, join_siblings
+from workbench.compress.patches import PatchConv2d, patches_as_products
 from workbench.compress.products import (
     EightBitLinear,
     Fp8Linear,
@@ -226,6 +227,25 @@ def test_layers_called_twice_or_on_other_inputs_are_left_apart() -> None:
 
     module, _ = reduced(Net(), DYNAMIC, [])
     assert join_siblings(module, torch.randn(4, 16)) == []
+
+
+@pytest.mark.parametrize("size", [(32, 48), (37, 20)])
+def test_patches_are_cut_as_a_convolution_does(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, (16, 8), stride=(16, 8)), nn.Conv2d(5, 4, 1)).double()
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    changed = patches_as_products(copy.deepcopy(model))
+    assert isinstance(changed[0], PatchConv2d) and isinstance(changed[1], nn.Conv2d)
+    torch.testing.assert_close(changed(x), model(x))
+    assert changed.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"padding": 1}, {"stride": 8}, {"groups": 3}, {"dilation": 2}, {"kernel_size": 2, "stride": 2}]
+)
+def test_other_convolutions_stay(settings: dict[str, int]) -> None:
+    conv = nn.Conv2d(3, 6, **({"kernel_size": 16, "stride": 16} | settings))
+    assert patches_as_products(nn.Sequential(conv))[0] is conv
 
 
 def test_what_cannot_be_quantized_is_refused() -> None:

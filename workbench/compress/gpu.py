@@ -14,9 +14,10 @@ from workbench.compress.calibration import inputs_seen
 from workbench.compress.compilation import import_quietly
 from workbench.compress.graph import layers_matching
 from workbench.compress.observers import SMALLEST, Seen, minmax, scale_and_zero_point
+from workbench.compress.patches import patches_as_products
 from workbench.compress.products import LARGEST, Fp8Linear, Int8Linear, Range
 from workbench.compress.quantization_config import OBSERVERS, QuantConfig
-from workbench.errors import DeviceError, ModelError
+from workbench.errors import ArtefactError, DeviceError, ModelError
 
 ALIGNED = 16
 """Sizes of a linear layer must be multiples of this for 8-bit tensor cores."""
@@ -26,11 +27,11 @@ GROUP = 128
 
 
 class ReducedModel(nn.Module):
-    """A model whose linear layers are quantized and whose other parts are bf16; inputs and outputs are what they were."""
+    """A model in bf16, which it takes over; what goes in and comes out is of the types that it was."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model.to(torch.bfloat16).requires_grad_(False)
+        self.model = patches_as_products(model).to(torch.bfloat16).requires_grad_(False)
         self.training = False
 
     def forward(self, x: Tensor) -> Any:
@@ -65,10 +66,13 @@ def reduced(source: nn.Module, config: QuantConfig, given: list[Tensor] | dict[s
 
     Raises:
         ModelError: no linear layer has a shape that the kernels take, or the samples reach none.
+        ArtefactError: the record is of an older kind.
     """
     names = quantizable_layers(source, config)
     inputs: dict[str, Range | None]
     if isinstance(given, dict):  # the numbers themselves come with the weights
+        if "layers" not in given:
+            raise ArtefactError("This model was quantized for GPUs by an older workbench.", "Quantize it again.")
         inputs = {name: Range(1.0) if given["calibrated"] else None for name in given["layers"]}
     elif given:
         seen = inputs_seen(source, names, given)
