@@ -8,8 +8,8 @@ Stages, each skipping what its folder already holds:
 
 * ``train``    — MobileNetV3-Large from scratch, on images scaled to 64². ``--seconds`` takes as many epochs as fit.
 * ``qat``      — that model fine-tuned with INT8's rounding, learning from itself in floating point.
-* ``evaluate`` — INT8 by each observer, in mixed precision and from ``qat``, and ``plain``: without equalizing or correcting biases;
-  each compiled, right or wrong on each image.
+* ``evaluate`` — INT8 by each observer, in mixed precision and from ``qat``; ``plain`` without equalizing channels or correcting
+  biases. Each compiled, right or wrong on each image.
 * ``latency``  — of all compiled forms, in turns.
 * ``report``   — accuracy, its change against fp32 on the same images with its interval, file size, latency.
 

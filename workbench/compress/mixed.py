@@ -45,12 +45,7 @@ def layer_sensitivity(model: nn.Module, config: QuantConfig | None = None, data:
     """
     import pandas as pd
 
-    config = config or QuantConfig()
-    if config.mode != "static" or config.backend != "cpu":
-        raise ConfigError(
-            f"Sensitivity is of static quantization for the CPU, not of mode={config.mode!r}, backend={config.backend!r}.",
-            "Pass QuantConfig(mode='static').",
-        )
+    config = _static(config)
     samples = _Samples(data)
     source = copy.deepcopy(model).cpu().eval()
     batches = list(calibration_batches(samples.inputs, config.calibration_samples))
@@ -94,8 +89,9 @@ def mixed_precision(
 
     Raises:
         ModelError: even one quantized layer loses more.
+        ConfigError, DataError: as for :func:`layer_sensitivity`.
     """
-    config = config or QuantConfig()
+    config = _static(config)
     order: list[str] = []
     samples = _Samples(data)
     source = copy.deepcopy(model).cpu().eval()
@@ -110,7 +106,7 @@ def mixed_precision(
     quantized, lost = attempt(0)
     if lost <= max_loss:
         return quantized
-    order += layer_sensitivity(model, config, data)["layer"]
+    order += layer_sensitivity(model, config, data)["layer"].tolist()
     low, high, found = 0, len(order), None
     while high - low > 1:
         middle = (low + high) // 2
@@ -125,6 +121,16 @@ def mixed_precision(
             "Train with QuantAwareTraining, use dtype bf16, or allow more.",
         )
     return found
+
+
+def _static(config: QuantConfig | None) -> QuantConfig:
+    config = config or QuantConfig()
+    if config.mode != "static" or config.backend != "cpu":
+        raise ConfigError(
+            f"Sensitivity is of static quantization for the CPU, not of mode={config.mode!r}, backend={config.backend!r}.",
+            "Pass QuantConfig(mode='static').",
+        )
+    return config
 
 
 def divergence(output: Tensor, reference: Tensor) -> float:
