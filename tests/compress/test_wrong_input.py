@@ -148,6 +148,14 @@ def test_layers_that_share_a_weight_stay_whole_and_the_others_are_pruned() -> No
     assert "shares a weight" in pruned.structure.transforms[-1]["whole"]["table"]
 
 
+def test_a_model_of_bfloat16_becomes_int8() -> None:
+    model, x = resnet().bfloat16(), X.bfloat16()
+    int8 = quantize(model, None, x)
+    with torch.no_grad():
+        expected, found = resnet()(X), int8(x).float()
+    assert int8(x).dtype == torch.bfloat16 and (found - expected).norm() / expected.norm() < 0.1
+
+
 @pytest.mark.parametrize("value", [0, "automatic"])
 def test_a_setting_of_two_kinds_is_explained_once(value: object) -> None:
     with pytest.raises(ConfigError) as caught:

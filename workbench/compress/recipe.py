@@ -88,7 +88,7 @@ class RangeObserver(ObserverBase):  # type: ignore[misc]
         if self._found is None:
             scale, zero = self.calculate_qparams()
             self._found = scale.item(), int(zero)
-        return torch.fake_quantize_per_tensor_affine(x, *self._found, self.quant_min, self.quant_max)
+        return torch.fake_quantize_per_tensor_affine(x.float(), *self._found, self.quant_min, self.quant_max).to(x.dtype)
 
     def count(self) -> None:
         """Begin the second pass."""
@@ -123,7 +123,7 @@ class WeightObserver(ObserverBase):  # type: ignore[misc]
     def rounded(self, weight: Tensor) -> Tensor:
         """``weight`` as INT8 will hold it."""
         zero = torch.zeros(len(self.scale), dtype=torch.int32)
-        return torch.fake_quantize_per_channel_affine(weight, self.scale, zero, 0, -128, 127)
+        return torch.fake_quantize_per_channel_affine(weight.float(), self.scale.float(), zero, 0, -128, 127).to(weight.dtype)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         return self.scale, torch.zeros(len(self.scale), dtype=torch.int64)
