@@ -93,14 +93,12 @@ class Fp8Linear(EightBitLinear):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(torch.bfloat16))
 
     def product(self, rows: Tensor) -> Tensor:
-        by = self.input_scale
-        if by is None:
-            by = self.measured(rows)
-        elif self.by_channel:  # the kernel takes a scale for each row or none; compiled, this is a constant
+        by = self.measured(rows) if self.input_scale is None else self.input_scale
+        values = rounded(rows / by, self.kind)
+        if self.by_channel:  # the kernel takes a scale for each row, or none; one that is known is a constant, once compiled
             by = by.expand(len(rows), 1).contiguous()
         multiply = scaled_product if rows.is_cuda else scaled_product_in_float
-        scale = self.scale[None] if self.by_channel else self.scale
-        return multiply(rounded(rows / by, self.kind), by, self.values, scale, self.bias)
+        return multiply(values, by, self.values, self.scale[None] if self.by_channel else self.scale, self.bias)
 
 
 class Int8Linear(EightBitLinear):
