@@ -26,6 +26,9 @@ _ATEN = torch.ops.aten
 TOLERATED = 1e-3
 """Noise that rounding a layer's input may make, relative to its output's variance; 8 bits for each channel make about 1e-4."""
 
+GAIN = 4
+"""How many times less noise equalizing must make to be worth its multiplication."""
+
 WIDEST = 2.0**12
 """Largest factor."""
 
@@ -88,13 +91,17 @@ class _Watch(Interpreter):
         return output
 
     def factors(self, node: Node) -> Tensor | None:
-        """[1, C, 1, ...] that bring the channels to the range of the widest; None where rounding makes little noise anyway."""
+        """[1, C, 1, ...] that bring the channels to the range of the widest; None where that gains little."""
         low, high, variance = (torch.stack(parts) for parts in zip(*self.seen[node], strict=True))
         ranges, variance = high.amax(0) - low.amin(0), variance.mean(0)
         weight = self.fetch_attr(str(cast(Node, node.args[1]).target)).detach()
-        noise = (ranges.max() / 255).square() / 12 * weight.flatten(1).square().sum(1)
         used = (variance > 0) & (ranges > 0)
-        if not used.any() or (noise[used] / variance[used]).mean() < TOLERATED:
+        if not used.any():
+            return None
+        steps = torch.stack([ranges.max().expand_as(ranges), ranges]) / 255  # of a level, now and equalized
+        noise = steps.square() / 12 * weight.flatten(1).square().sum(1) / variance
+        now, then = noise[:, used].mean(1)
+        if now < max(TOLERATED, GAIN * then):
             return None
         factors = torch.where(used, ranges.max() / ranges.clamp(min=1e-30), 1.0).clamp(max=WIDEST)
         return factors.view(1, -1, *[1] * (weight.dim() - 2))
