@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,9 @@ TRANSFORMS = Registry(
 """Who replays a change on a freshly built model: a function from (model, record) to the changed model."""
 
 
-def save_model(model: nn.Module, path: str | os.PathLike[str], *, weights_only: bool = False) -> Path:
+def save_model(
+    model: nn.Module, path: str | os.PathLike[str], *, weights_only: bool = False, state: Mapping[str, torch.Tensor] | None = None
+) -> Path:
     """Write ``model`` into the folder ``path``; a model already there is replaced.
 
     Each file appears whole or not at all, the description last and with the weights' digest: a kill between the two leaves a
@@ -52,6 +54,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], *, weights_only: 
     Args:
         model: a model built by the workbench, pruned and quantized ones included.
         path: a folder, made if need be; other files in it stay (a run folder's).
+        state: the model's tensors by name, where it holds only parts of them itself.
         weights_only: accept a model that the workbench didn't build. Its weights and changes are saved, and loading it takes
             the module: ``load_model(path, model=module)``.
 
@@ -69,7 +72,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], *, weights_only: 
         )
     if folder.exists() and not folder.is_dir():
         raise ArtefactError(f"{str(folder)!r} is a file.", "Pass a folder: the model is saved as two files in it.")
-    tensors, tied = _distinct(dict(_plain(model.state_dict())))
+    tensors, tied = _distinct(dict(_plain(dict(model.state_dict() if state is None else state))))
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     description = {
         "format": FORMAT,

@@ -1,4 +1,4 @@
-"""Process groups: who we are, how processes meet and part.
+"""Process groups: who we are, how processes meet and part; norms of tensors that are spread over them.
 
 Without ``torchrun``'s environment a program is rank 0 of 1, and everything here is a no-op.
 """
@@ -6,16 +6,20 @@ Without ``torchrun``'s environment a program is rank 0 of 1, and everything here
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from workbench.errors import ConfigError, DeviceError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -112,3 +116,59 @@ def sum_over_ranks(value: Tensor, world: World) -> Tensor:
 def barrier(world: World) -> None:
     if world.size > 1:
         dist.barrier()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor (a view); any other as it is."""
+    return tensor.to_local() if _is_spread(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, gathered: every rank of its mesh calls it; any other as it is."""
+    return tensor.full_tensor() if _is_spread(tensor) else tensor
+
+
+@torch.no_grad()
+def whole_norms(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
+    """float32 [tensors]: the norm of each, of the whole tensor where a rank holds a part; one collective for all of them.
+
+    Args:
+        tensors: at least one, on one device; sharded ones are of one mesh.
+        order: 2 or infinity.
+    """
+    parts = [local(tensor) for tensor in tensors]
+    norms = torch.zeros(len(parts), device=parts[0].device)
+    filled = [index for index, part in enumerate(parts) if part.numel()]  # a small tensor leaves some ranks without any
+    if filled:
+        found = torch.stack(torch._foreach_norm([parts[index] for index in filled], order, dtype=torch.float32))
+        norms = found if len(filled) == len(parts) else norms.index_copy(0, torch.tensor(filled, device=norms.device), found)
+    if order == 2:
+        return sum_over_shards(norms.square(), tensors).sqrt()
+    return sum_over_shards(norms, tensors, largest=True)
+
+
+def sum_over_shards(values: Tensor, owners: Sequence[Tensor], *, largest: bool = False) -> Tensor:
+    """Values of the parts of ``owners`` as those of the whole: the sum over the ranks that hold other parts, or the largest.
+
+    Args:
+        values: [owners, ...], one row for each.
+    """
+    mesh: Any = next((owner.device_mesh for owner in owners if _is_spread(owner)), None)
+    if mesh is None:
+        return values
+    for dimension in range(mesh.ndim):
+        spread = [_is_spread(owner) and owner.placements[dimension].is_shard() for owner in owners]
+        if not any(spread):
+            continue
+        if not all(spread) and not largest:  # what each rank has whole counts once
+            copies = torch.tensor([1.0 if held else mesh.size(dimension) for held in spread], device=values.device)
+            values = values / copies.view(-1, *[1] * (values.ndim - 1))
+        values = values.contiguous()
+        operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+        dist.all_reduce(values, op=operation, group=mesh.get_group(dimension))
+    return values
+
+
+def _is_spread(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether this is a DTensor; asked without importing their package, which takes longer than many a program."""
+    return hasattr(tensor, "device_mesh")

@@ -93,6 +93,8 @@ class Attempt:
     nproc: int
     process: Process
     time: float
+    mesh: dict[str, Any] | None = None
+    """How its ranks share the work, where that isn't as the config says."""
     ended: float | None = None
     """When its trainer was done with the folder, however it ended; None while it is not, or if it was killed."""
 
@@ -123,7 +125,7 @@ def claim(folder: Path, nproc: int) -> int:
         return _claim(folder, nproc)
 
 
-def _claim(folder: Path, nproc: int) -> int:
+def _claim(folder: Path, nproc: int, mesh: dict[str, Any] | None = None) -> int:
     carrier = at_work(folder)
     if carrier is not None and carrier != Process.current():
         raise RunError(
@@ -131,7 +133,8 @@ def _claim(folder: Path, nproc: int) -> int:
         )
     taken = [int(path.stem) for path in (folder / "attempts").glob("*.json")]
     number = max(taken, default=0) + 1
-    record(folder, number, nproc, Process.current())
+    latest = Attempt.latest(folder)
+    record(folder, number, nproc, Process.current(), mesh or (latest.mesh if latest else None))
     return number
 
 
@@ -163,9 +166,9 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def record(folder: Path, number: int, nproc: int, process: Process) -> None:
+def record(folder: Path, number: int, nproc: int, process: Process, mesh: dict[str, Any] | None = None) -> None:
     """Name the process that carries attempt ``number``."""
-    attempt = Attempt(number, nproc, process, time.time())
+    attempt = Attempt(number, nproc, process, time.time(), mesh)
     write_atomic(folder / "attempts" / f"{number:04d}.json", json.dumps(asdict(attempt)))
 
 
@@ -180,16 +183,19 @@ def command_line(folder: Path, nproc: int, attempt: int | None = None) -> list[s
     return [sys.executable, "-m", "torch.distributed.run", *elastic, *worker]
 
 
-def spawn(folder: Path, nproc: int) -> Process:
+def spawn(folder: Path, nproc: int, mesh: dict[str, Any] | None = None) -> Process:
     """Start the worker processes in a session of their own, output to ``logs/``; returns at once.
 
     The processes inherit nothing but the environment and outlive this one.
+
+    Args:
+        mesh: how they share the work, in place of what the config says; by default as at the last start.
 
     Raises:
         RunError: another process is at the run.
     """
     with _locked(folder / "attempts"):  # until the child is named, so that of two threads that start a run one does
-        return _spawn(folder, nproc, _claim(folder, nproc))
+        return _spawn(folder, nproc, _claim(folder, nproc, mesh))
 
 
 def _spawn(folder: Path, nproc: int, attempt: int) -> Process:
@@ -209,7 +215,8 @@ def _spawn(folder: Path, nproc: int, attempt: int) -> Process:
         )
     _children[child.pid] = child
     process = Process.of(child.pid)
-    record(folder, attempt, nproc, process)
+    claimed = Attempt.latest(folder)
+    record(folder, attempt, nproc, process, claimed.mesh if claimed else None)
     return process
 
 

@@ -8,7 +8,7 @@ compiled where that pays.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from workbench.distributed import local, whole_norms
 from workbench.optim_config import OPTIMIZERS, ClipConfig, OptimConfig, ScheduleConfig
 
 AdamW = torch.optim.AdamW
@@ -160,11 +161,11 @@ class AdaptiveGradientClipper:
         if self.mode == "agc":
             self._clip_by_unit(owners, gradients, scale)
             return
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)))
+        norm = torch.linalg.vector_norm(whole_norms(gradients))
         if scale is not None:
             norm = norm / scale.to(norm.device)
         factor = (self._threshold(norm) / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, factor)
+        torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
 
     def _threshold(self, norm: Tensor) -> Tensor:
         if self.mode == "fixed":
@@ -183,19 +184,23 @@ class AdaptiveGradientClipper:
         return threshold
 
     def _clip_by_unit(self, owners: list[Tensor], gradients: list[Tensor], scale: Tensor | None) -> None:
-        for owner, gradient in zip(owners, gradients, strict=True):
-            largest = self.max_norm * _unit_norm(owner).clamp(min=1e-3)
-            norm = _unit_norm(gradient)
+        for gradient, weight_norm, norm in zip(gradients, _unit_norms(owners), _unit_norms(gradients), strict=True):
+            largest = self.max_norm * weight_norm.clamp(min=1e-3)
             if scale is not None:
                 norm = norm / scale.to(norm.device)
-            gradient.mul_((largest / norm.clamp(min=1e-6)).clamp(max=1.0).to(gradient.dtype))
+            part = local(gradient)
+            part.mul_((largest / norm.clamp(min=1e-6)).clamp(max=1.0).to(part.dtype))
 
 
-def _unit_norm(value: Tensor) -> Tensor:
-    """L2 norm by output unit (first dimension), shaped to broadcast; of the whole for vectors."""
-    if value.ndim <= 1:
-        return torch.linalg.vector_norm(value, dtype=torch.float32)
-    return torch.linalg.vector_norm(value, dim=tuple(range(1, value.ndim)), keepdim=True, dtype=torch.float32)
+def _unit_norms(values: list[Tensor]) -> Iterator[Tensor]:
+    """L2 norms by output unit (first dimension), shaped to broadcast over this rank's units; of the whole for vectors."""
+    vectors = [value for value in values if value.ndim <= 1]
+    of_vectors = iter(whole_norms(vectors)) if vectors else iter(())
+    for value in values:
+        if value.ndim <= 1:
+            yield next(of_vectors)
+        else:  # sharded, if at all, by the first dimension
+            yield torch.linalg.vector_norm(local(value), dim=tuple(range(1, value.ndim)), keepdim=True, dtype=torch.float32)
 
 
 class DynamicGraphOptimizer(torch.optim.AdamW):

@@ -296,11 +296,12 @@ class Run:
                 raise RunError(f"{name}={value} must be a finite number of at least 0.")
         self.command("set", **settings)
 
-    def resume(self, nproc: int | None = None) -> Self:
+    def resume(self, nproc: int | None = None, *, mesh: Mapping[str, Any] | None = None) -> Self:
         """Go on: a paused run continues, one that stopped, failed or was lost starts again from its last checkpoint.
 
         Args:
             nproc: processes of the new start; by default as many as before.
+            mesh: how they share the work from now on, e.g. ``{"shard": 2}``; by default as before. ``{}`` is one copy a process.
 
         Raises:
             RunError: the run has finished.
@@ -315,7 +316,7 @@ class Run:
                 time.sleep(0.05)
             if status == "lost" and last is not None and last.process.alive():
                 launcher.terminate(last.process)  # torchrun, whose rank 0 is gone: the other ranks must not write on
-            launcher.spawn(self.path, nproc or (last.nproc if last else 1))
+            launcher.spawn(self.path, nproc or (last.nproc if last else 1), None if mesh is None else _mesh(self.config, mesh))
         elif status == "finished":
             raise RunError(f"The run {self.id} has finished.", "Train further by a new run with model={'name': '<this run>'}.")
         return self
@@ -326,6 +327,12 @@ class Run:
         own = launcher.Process.current()
         for process in {attempt.process if attempt else None, heartbeat.process if heartbeat else None} - {None, own}:
             launcher.terminate(process)  # type: ignore[arg-type]
+
+
+def _mesh(config: Any, mesh: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a mesh in full, so that a wrong one is refused before anything starts."""
+    full: dict[str, Any] = type(config.mesh)(**mesh).model_dump(mode="json")
+    return full
 
 
 KINDS: Mapping[str, str] = {"train": "workbench.training.config:TrainConfig"}
@@ -359,9 +366,10 @@ def launch(
 
     Raises:
         RunError: the run folder cannot be made, or ``nproc`` is below 1.
+        ConfigError: ``config.mesh`` is of another number of processes.
     """
     if nproc < 1:
         raise RunError(f"nproc={nproc} must be at least 1.", "One process drives one accelerator.")
-    run: Run = load_object("workbench.training:prepare")(config, model=model, data=data, root=root, replay=replay)
+    run: Run = load_object("workbench.training:prepare")(config, model=model, data=data, root=root, replay=replay, nproc=nproc)
     launcher.spawn(run.path, nproc)
     return run

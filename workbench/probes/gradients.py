@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from workbench.distributed import local, sum_over_shards, whole_norms
 from workbench.probes.base import Probe, StepContext
 from workbench.probes.kernels import count_nonfinite
 
@@ -18,31 +19,34 @@ class GradientProbe(Probe):
     """By parameter: L2 norm and largest magnitude of the gradient, its non-finite elements, and the weight's L2 norm.
 
     Read after the last micro-step's backward pass and all-reduce, before clipping, with loss scaling undone: of the whole
-    batch's gradient, the same on every rank.
+    batch's gradient and of whole tensors, the same on every rank.
     """
 
     kind = "gradients"
 
     def attach(self, model: nn.Module) -> Callable[[], None]:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and self.wants(name)]
-        self._names = [name for name, _ in named]
-        self._parameters = [parameter for _, parameter in named]
+        self._names = [name for name, p in model.named_parameters() if p.requires_grad and self.wants(name)]
+        self._model = model
+        self._parameters: list[Tensor] = []
         return lambda: None
 
     @torch.no_grad()
     def read(self, context: StepContext) -> Tensor | None:
         """float64 [parameters, 4]: norm, max, nonfinite, weight_norm; NaN where a parameter got no gradient."""
+        if not self._parameters:  # sharding puts others in the place of those that were there at first
+            named = dict(self._model.named_parameters())
+            self._parameters = [named[name] for name in self._names]
         present = [index for index, p in enumerate(self._parameters) if p.grad is not None]
         if not present:
             return None
         weights: list[Tensor] = [self._parameters[index] for index in present]
         gradients = [w.grad for w in weights if w.grad is not None]
-        norm = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).double()
-        largest = torch.stack(torch._foreach_norm(gradients, float("inf"), dtype=torch.float32)).double()
+        norm = whole_norms(gradients).double()
+        largest = whole_norms(gradients, float("inf")).double()
         if context.scale is not None:
             norm, largest = norm / context.scale, largest / context.scale
-        nonfinite = torch.stack([count_nonfinite(g) for g in gradients]).double()
-        weight_norm = torch.stack(torch._foreach_norm(weights, 2, dtype=torch.float32)).double()
+        nonfinite = sum_over_shards(torch.stack([count_nonfinite(local(g)) for g in gradients]).double(), gradients)
+        weight_norm = whole_norms(weights).double()
         found = torch.stack([norm, largest, nonfinite, weight_norm], dim=1)
         if len(present) == len(self._parameters):
             return found

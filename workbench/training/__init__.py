@@ -72,6 +72,7 @@ def prepare(
     root: str | os.PathLike[str] | None = None,
     replay: Replay | None = None,
     detached: bool = True,
+    nproc: int | None = None,
 ) -> Run:
     """A run folder, ready to be started.
 
@@ -82,8 +83,10 @@ def prepare(
         root: parent of the folder.
         replay: commands to apply after given steps.
         detached: other processes will train, so that everything must be stored; else what cannot be pickled stays with us.
+        nproc: how many will, if that is known.
 
     Raises:
+        ConfigError: the mesh is of another number of processes.
         RunError: a file or folder that the config names is missing, or the model or data cannot be stored.
     """
     from workbench.training import repro, sources
@@ -92,6 +95,8 @@ def prepare(
         raise RunError(
             f"config is a {type(config).__name__}, not a TrainConfig.", "Build one: TrainConfig(data={'name': 'digits'}, …)."
         )
+    if nproc is not None:
+        config.mesh.arranged(nproc)
     if model is not None:
         config = config.override({"model.name": sources.model_name(model)})
     if data is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from workbench.distributed import local
 
 
 class WeightAverage:
@@ -34,7 +36,7 @@ class WeightAverage:
         """Take in the weights after optimizer step ``step``, counted from 1."""
         if not self.state:
             return
-        average, live = list(self.state.values()), list(self._live.values())
+        average, live = _parts(self.state.values()), _parts(self._live.values())
         if step == 1:  # nothing to average yet: what a quantizer's observers begin with is infinite
             torch._foreach_copy_(average, live)
         else:
@@ -62,4 +64,9 @@ class WeightAverage:
 @torch.no_grad()
 def _copy(target: dict[str, Tensor], source: list[Tensor]) -> None:
     if target:
-        torch._foreach_copy_(list(target.values()), source)
+        torch._foreach_copy_(_parts(target.values()), _parts(source))
+
+
+def _parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What this rank holds of them."""
+    return [local(tensor) for tensor in tensors]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -9,6 +10,7 @@ from pydantic import Field, field_validator
 
 from workbench.config import Config, hint
 from workbench.data.config import DataConfig
+from workbench.errors import ConfigError
 from workbench.losses import LossConfig
 from workbench.models.config import ModelConfig
 from workbench.optim_config import ClipConfig, OptimConfig, ScheduleConfig
@@ -26,11 +28,36 @@ class CheckpointConfig(Config):
 
 
 class MeshConfig(Config):
-    """How ranks share the work."""
+    """How ranks share the work: ``replicate × shard`` of them, any product that gives the number of ranks."""
 
-    replicate: Literal["all"] | int = Field(
-        "all", description="Ranks that hold a whole copy of the model (data parallel); all ranks."
+    replicate: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
+        "all",
+        description="Copies of the model, each trained on its part of the batch (DDP); all: one for each rank left.",
     )
+    shard: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
+        1,
+        description="Ranks over which each copy's weights, gradients and optimizer state are spread (FSDP2): a rank's memory "
+        "falls by that factor, and weights travel at each use; all: the ranks left.",
+    )
+
+    def arranged(self, ranks: int) -> dict[str, int]:
+        """Ranks along each dimension, the slowest first.
+
+        Raises:
+            ConfigError: the product doesn't give ``ranks``.
+        """
+        if self.shard == "all":
+            sizes = {"replicate": 1 if self.replicate == "all" else self.replicate}
+            sizes["shard"] = max(1, ranks // sizes["replicate"])
+        else:
+            sizes = {"replicate": max(1, ranks // self.shard) if self.replicate == "all" else self.replicate, "shard": self.shard}
+        if math.prod(sizes.values()) != ranks:
+            product = " × ".join(f"{name}={size}" for name, size in sizes.items())
+            raise ConfigError(
+                f"mesh: {product} takes {math.prod(sizes.values())} ranks, and there are {ranks}.",
+                f"Launch with nproc={math.prod(sizes.values())}, or set one of them to 'all'.",
+            )
+        return sizes
 
 
 class TrainConfig(Config):
@@ -114,13 +141,6 @@ class TrainConfig(Config):
     @classmethod
     def _yes_or_no(cls, value: Any) -> Any:
         return {True: "default", False: "off"}.get(value, value) if isinstance(value, bool) else value
-
-    @field_validator("mesh")
-    @classmethod
-    def _replicates_all(cls, mesh: MeshConfig) -> MeshConfig:
-        if mesh.replicate != "all":
-            raise ValueError(f"replicate={mesh.replicate} is not supported: every rank holds a copy. Leave it at 'all'")
-        return mesh
 
     @field_validator("penalties")
     @classmethod

@@ -70,10 +70,16 @@ def decide_placement(config: TrainConfig, splits: Splits, device: torch.device, 
     return str(decisions.decide("data.placement", "device", f"the samples take {size / 2**20:.1f} MiB"))
 
 
-def decide_compile(config: TrainConfig, device: torch.device, total_steps: int, decisions: Decisions) -> str:
-    """The mode of torch.compile, or ``off``."""
+def decide_compile(
+    config: TrainConfig, device: torch.device, total_steps: int, decisions: Decisions, *, captured: bool = True
+) -> str:
+    """The mode of torch.compile, or ``off``; ``captured``: whether steps can be."""
     if config.compile != "auto":
         return config.compile
+    if device.type == "cuda" and total_steps >= 1000 and not captured:
+        return str(
+            decisions.decide("compile", "default", f"{total_steps} steps on a GPU pay for compiling; shards can't be captured")
+        )
     if device.type == "cuda" and total_steps >= 1000:
         reason = f"{total_steps} steps on a GPU pay for a minute of compilation; captured graphs free the host"
         return str(decisions.decide("compile", "reduce-overhead", reason))

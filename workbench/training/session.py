@@ -33,6 +33,7 @@ from workbench.training.config import TrainConfig
 from workbench.training.control import Command, Control
 from workbench.training.distillation import Distillation
 from workbench.training.objective import Objective
+from workbench.training.parallel import whole_state
 from workbench.training.precision import Precision
 from workbench.training.recorder import Recorder, say_failed
 from workbench.training.trainer import Trainer
@@ -57,7 +58,7 @@ def execute(run: Run, attempt: int, *, data: Any = None) -> Trainer:
         if rank == 0:
             stack.callback(launcher.release, run.path, attempt)
         try:
-            config = run.config
+            config = _config(run)
             world = stack.enter_context(process_group(config.device))
             recorder = Recorder(run.path, attempt, world.rank)
             stack.callback(recorder.close)
@@ -87,6 +88,13 @@ def execute(run: Run, attempt: int, *, data: Any = None) -> Trainer:
             raise said from error
 
 
+def _config(run: Run) -> TrainConfig:
+    """The run's, with the mesh of this start."""
+    config: TrainConfig = run.config
+    attempt = launcher.Attempt.latest(run.path)
+    return config if attempt is None or attempt.mesh is None else config.override({"mesh": attempt.mesh})
+
+
 def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, world: World, data: Any) -> Trainer:
     # As the run was given them, however the originals changed since.
     kept: dict[str, Any] = {f"{part}.name": find_source(getattr(config, part).name, run.path) for part in ("loss", "optim")}
@@ -102,7 +110,8 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     torch.manual_seed(derive_seed(config.seed))
     model = build_model(fit_to_data(config, splits), root=run.path)
     images = len(splits.sample_shape) == 3
-    channels_last = config.channels_last and images
+    sharded = config.mesh.arranged(world.size)["shard"] > 1
+    channels_last = config.channels_last and images and not sharded  # shards are rows of contiguous weights
     model.to(world.device)
     if channels_last:
         model.to(memory_format=torch.channels_last)
@@ -119,7 +128,7 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
         probes[name] = (PROBES.create(find_source(name, run.path), wanted), every)
     probe_set = ProbeSet(probes, recorder.reading)
     probe_set.attach(model)
-    compile_mode = decisions.decide_compile(config, world.device, total_steps, decided)
+    compile_mode = decisions.decide_compile(config, world.device, total_steps, decided, captured=not sharded)
     objective = Objective(
         model, make_loss(config.loss), config.penalties, _distillation(config, model, batches, precision, run.path)
     )
@@ -219,12 +228,13 @@ def _finish(trainer: Trainer, run: Run, recorder: Recorder, world: World) -> Non
     trainer.average.apply()
     trainer.model.eval()
     recorder.flush(durable=True)
+    state = whole_state(trainer.model) if trainer.config.mesh.arranged(world.size)["shard"] > 1 else None
     if world.main:
         repro.write_code(run.path, run.config, run.events, world.size)
         if trainer.stopped and trainer.step < trainer.total_steps:
             recorder.emit(events.Stopped(step=trainer.step))
         else:
-            save_model(trainer.model, run.path)
+            save_model(trainer.model, run.path, state=state)
             recorder.emit(events.Finished(step=trainer.step, metrics=trainer.metrics))
 
 

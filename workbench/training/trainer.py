@@ -11,12 +11,10 @@ import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from workbench import events
 from workbench.data.batches import Batch, Batches
@@ -30,6 +28,7 @@ from workbench.training.config import TrainConfig
 from workbench.training.control import Command, Control
 from workbench.training.meter import Meter, Window
 from workbench.training.objective import Objective
+from workbench.training.parallel import parallelize
 from workbench.training.precision import Precision
 from workbench.training.recorder import Recorder
 
@@ -56,22 +55,17 @@ class Trainer:
         control: Control,
         world: World,
     ) -> None:
+        self.parallel = parallelize(
+            objective, config.mesh.arranged(world.size), world, compile_mode, deterministic=config.deterministic
+        )
         self.config, self.objective, self.batches, self.precision = config, objective, batches, precision
         self.probes, self.recorder, self.control, self.world = probes, recorder, control, world
         self.model, self.trained = objective.model, objective.trained
-        self.forward: nn.Module = objective
         self.optimizer = make_optimizer(self.trained, config.optim)
         self.clipper = None if config.clip.mode == "off" else AdaptiveGradientClipper(config.clip.max_norm, config.clip.mode)
         self.average = WeightAverage(self.model, config.ema)
         # Telling the compiler of a new step imports all of it, seconds that other runs need not spend.
         self._captured = compile_mode in ("reduce-overhead", "max-autotune")
-        if compile_mode != "off":
-            torch.compiler.reset()  # what a kernel compiled before must not decide how this run is compiled, nor use up the limit
-            self.forward.compile(mode=None if compile_mode == "default" else compile_mode)
-        if world.size > 1:
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.forward, objective.constants)
-            # As views of buckets, gradients shift in memory once the buckets are rebuilt, and norms of them by their last bit.
-            self.forward = DistributedDataParallel(self.forward, gradient_as_bucket_view=not config.deterministic)
         planned = config.epochs * batches.steps_per_epoch
         self.total_steps = min(planned, config.max_steps or planned)
         self.schedule = Schedule(config.schedule, config.optim.lr, self.total_steps)
@@ -110,9 +104,9 @@ class Trainer:
             torch.compiler.cudagraph_mark_step_begin()
         total = torch.zeros((), device=self.world.device)
         for index, (x, y) in enumerate(micro_batches, start=1):
-            with self._sync(last=index == self.config.accumulate):
+            with self.parallel.micro_step(last=index == self.config.accumulate):
                 with self.precision.autocast():
-                    loss = self.forward(x, y) / self.config.accumulate
+                    loss = self.parallel.forward(x, y) / self.config.accumulate
                 self.precision.backward(loss)
             total += loss.detach()
         self.probes.read(StepContext(self.step + 1, self.precision.scale))
@@ -267,12 +261,6 @@ class Trainer:
             else:
                 group["lr"] = rate
         return rate
-
-    def _sync(self, last: bool) -> Any:
-        """Gradients travel between ranks after the last micro-step only."""
-        if last or not isinstance(self.forward, DistributedDataParallel):
-            return nullcontext()
-        return self.forward.no_sync()
 
     def _report(self, window: Window, losses: list[float]) -> None:
         samples = len(losses) * self.config.data.batch_size
