@@ -65,14 +65,14 @@ AFTER_ATTENTION = {"bert": ["*.attention.output.dense"], "vit": ["*.attn.proj"]}
 """Layers whose input no kernel of the compiler computes, so that rounding it costs a kernel of its own."""
 
 FP8, STATIC = QuantConfig(mode="fp8", backend="cuda"), QuantConfig(mode="static", backend="cuda")
-TENSOR = FP8.override({"granularity": "tensor"})
+CHANNEL = FP8.override({"granularity": "channel"})
 VARIANTS: dict[str, Callable[[nn.Module, str], nn.Module]] = {
     "bf16": lambda model, case: ReducedModel(model),
     "bf16, PyTorch's patch convolution": lambda model, case: convolving(model, case),
     "fp8 static": lambda model, case: made(model, FP8, case, calibrated=True),
-    "fp8 static tensor": lambda model, case: made(model, TENSOR, case, calibrated=True),
-    "fp8 static tensor, attention's bf16": lambda model, case: made(
-        model, TENSOR.override({"keep_float": AFTER_ATTENTION[case]}), case, calibrated=True
+    "fp8 static, by channel": lambda model, case: made(model, CHANNEL, case, calibrated=True),
+    "fp8 static, attention's bf16": lambda model, case: made(
+        model, FP8.override({"keep_float": AFTER_ATTENTION[case]}), case, calibrated=True
     ),
     "fp8 dynamic": lambda model, case: made(model, FP8, case),
     "int8 static": lambda model, case: made(model, STATIC, case, calibrated=True),
@@ -81,8 +81,8 @@ VARIANTS: dict[str, Callable[[nn.Module, str], nn.Module]] = {
     "torchao int8": lambda model, case: torchao(model, "Int8DynamicActivationInt8WeightConfig"),
 }
 CUDNN = "cudnn attention"
-VARIANTS |= {f"{name}, {CUDNN}": VARIANTS[name] for name in ("bf16", "fp8 static tensor")}
-TUNED = ["bf16", "fp8 static", "fp8 static tensor", "int8 static"]
+VARIANTS |= {f"{name}, {CUDNN}": VARIANTS[name] for name in ("bf16", "fp8 static")}
+TUNED = ["bf16", "fp8 static", "int8 static"]
 
 
 def made(model: nn.Module, config: QuantConfig, case: str, calibrated: bool = False) -> nn.Module:

@@ -34,8 +34,9 @@ from workbench.models.structure import structure_of
 FP8, STATIC, DYNAMIC = (QuantConfig(mode=mode, backend="cuda") for mode in ("fp8", "static", "dynamic"))
 CASES = {
     "fp8": (FP8, True),
-    "fp8, a scale for each tensor": (FP8.override({"granularity": "tensor"}), True),
+    "fp8, a scale for each channel": (FP8.override({"granularity": "channel"}), True),
     "fp8, measured": (FP8, False),
+    "fp8, measured by row": (FP8.override({"granularity": "channel"}), False),
     "int8": (STATIC, True),
     "int8, symmetric": (STATIC.override({"quant_scheme": "symmetric", "observer": "minmax"}), True),
     "int8, a scale for each tensor": (STATIC.override({"granularity": "tensor"}), True),
@@ -210,7 +211,7 @@ def test_joined_layers_compute_what_they_did(name: str, ids: Tensor) -> None:
         output = quantized(ids)
         groups = join_siblings(quantized, ids)
         torch.testing.assert_close(quantized(ids), output, rtol=1e-2, atol=2e-3)
-    expected = 0 if config.granularity == "tensor" and not calibrated else 2
+    expected = 0 if not config.by_channel and not calibrated else 2
     assert [[name.rpartition(".")[2] for name in group] for group in groups] == [["query", "key", "value"]] * expected
 
 

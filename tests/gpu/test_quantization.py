@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 CONFIGS = {
     "fp8": QuantConfig(mode="fp8", backend="cuda"),
-    "fp8 tensor": QuantConfig(mode="fp8", backend="cuda", granularity="tensor"),
+    "fp8 channel": QuantConfig(mode="fp8", backend="cuda", granularity="channel"),
     "int8": QuantConfig(mode="static", backend="cuda"),
     "int8 dynamic": QuantConfig(mode="dynamic", backend="cuda"),
 }

@@ -51,7 +51,7 @@ def dynamic(source: nn.Module, config: QuantConfig, given: Any) -> tuple[nn.Modu
                     "Use mode='dynamic', or name the LSTM in keep_float.",
                 )
             _put(root, name, Int8LSTM(module))
-    granularity = ao.PerRow() if config.granularity == "channel" else ao.PerTensor()
+    granularity = ao.PerRow() if config.by_channel else ao.PerTensor()
     if weight_only:
         recipe = ao.Int8WeightOnlyConfig(granularity=granularity, set_inductor_config=False)
     else:

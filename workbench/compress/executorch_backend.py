@@ -24,7 +24,7 @@ def xnnpack(source: nn.Module, config: QuantConfig, given: Any) -> tuple[Quantiz
         MissingDependency: without the extra ``executorch``.
         ConfigError: an observer or scheme that its recipe doesn't have.
     """
-    if (config.observer, config.quant_scheme, config.granularity) != ("auto", "affine", "channel"):
+    if (config.observer, config.quant_scheme, config.by_channel) != ("auto", "affine", True):
         raise ConfigError(
             f"XNNPACK's recipe leaves no choice of observer={config.observer!r}, quant_scheme={config.quant_scheme!r} or "
             f"granularity={config.granularity!r}.",

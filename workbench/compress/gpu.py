@@ -85,7 +85,7 @@ def reduced(source: nn.Module, config: QuantConfig, given: list[Tensor] | dict[s
     else:
         inputs = dict.fromkeys(names)
     kind = Fp8Linear if config.mode == "fp8" else Int8Linear
-    by_channel = config.granularity == "channel"
+    by_channel = config.by_channel
     # Made from the fp32 weights; the model is rounded to bf16 afterwards.
     made = {name: kind(cast(nn.Linear, source.get_submodule(name)), by_channel, of) for name, of in inputs.items()}
     model = ReducedModel(source)
@@ -137,7 +137,7 @@ def _weights_only(source: nn.Module, config: QuantConfig) -> ReducedModel:
     if config.weight_bit == 4:
         recipe = ao.Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d", **quiet)
     else:
-        granularity = ao.PerRow() if config.granularity == "channel" else ao.PerTensor()
+        granularity = ao.PerRow() if config.by_channel else ao.PerTensor()
         recipe = ao.Int8WeightOnlyConfig(granularity=granularity, **quiet)
     ao.quantize_(model.model, recipe, filter_fn=lambda module, name: name in chosen)
     return model.requires_grad_(False)

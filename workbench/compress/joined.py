@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.compress.products import EightBitLinear
+from workbench.compress.products import EightBitLinear, rounded
 
 
 class Part(nn.Module):
@@ -104,8 +104,13 @@ def _grouped(keyed: Iterable[tuple[str, Any]]) -> list[list[str]]:
 
 def _whole(layers: list[EightBitLinear]) -> EightBitLinear:
     whole = copy.deepcopy(layers[0])
-    whole.out_features, whole.by_channel = sum(layer.out_features for layer in layers), True
-    whole.values = torch.cat([layer.values for layer in layers])
-    whole.scale = torch.cat([layer.scale.expand(layer.out_features) for layer in layers])
+    whole.out_features = sum(layer.out_features for layer in layers)
+    if whole.kind.is_floating_point and not whole.by_channel:  # the kernel for one scale is the faster one
+        whole.scale = torch.stack([layer.scale for layer in layers]).amax()
+        whole.values = torch.cat([rounded(layer.values.float() * (layer.scale / whole.scale), layer.kind) for layer in layers])
+    else:
+        whole.by_channel = True
+        whole.values = torch.cat([layer.values for layer in layers])
+        whole.scale = torch.cat([layer.scale.expand(layer.out_features) for layer in layers])
     whole.bias = None if whole.bias is None else torch.cat([layer.bias for layer in layers if layer.bias is not None])
     return whole

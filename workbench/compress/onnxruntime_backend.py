@@ -66,7 +66,7 @@ def onnxruntime(source: nn.Module, config: QuantConfig, given: Any) -> tuple[Onn
         with quietly():
             import_module("onnxruntime.quantization.shape_inference").quant_pre_process(str(exported), str(prepared))
             common = {
-                "per_channel": config.granularity == "channel",
+                "per_channel": config.by_channel,
                 "weight_type": tools.QuantType.QInt8,
                 "nodes_to_exclude": kept,
             }

@@ -45,10 +45,10 @@ def openvino(source: nn.Module, config: QuantConfig, given: Any) -> tuple[OpenVI
     """
     if isinstance(given, dict):
         return OpenVINOModel(bytes(given["bytes"][0]), bytes(given["bytes"][1])), given
-    if config.observer not in ("auto", "minmax") or config.granularity != "channel":
+    if config.observer not in ("auto", "minmax") or not config.by_channel:
         raise ConfigError(
             f"backend='openvino' with observer={config.observer!r}, granularity={config.granularity!r}: NNCF chooses these.",
-            "Leave observer='auto' and granularity='channel', or use backend='cpu'.",
+            "Leave observer='auto' and granularity='auto', or use backend='cpu'.",
         )
     ov, nncf = required("openvino", "openvino"), _nncf()
     content = onnx_file(source, given[0] if given else example_for(source))

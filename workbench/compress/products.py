@@ -56,6 +56,8 @@ class EightBitLinear(nn.Module):
         self.training = False
         weight = linear.weight.detach().float()
         scale = weight_scale(weight, by_channel) * (127 / LARGEST[self.kind])
+        if self.kind.is_floating_point and not by_channel:  # layers of other powers of two are joined without rounding again
+            scale = scale.log2().ceil().exp2()
         self.register_buffer("values", rounded(weight / scale[:, None], self.kind))
         self.register_buffer("scale", scale if by_channel else scale[0])
         self.register_buffer("input_scale", None if inputs is None else torch.tensor(inputs.scale, device=weight.device))

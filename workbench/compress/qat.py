@@ -148,7 +148,7 @@ class RoundsWeight(nn.Module):
         weight, config = cast(Tensor, self.weight), cast(QuantConfig, self._config)
         factor = self._folded_factor(weight)
         folded = weight * factor
-        scale = weight_scale(folded.detach(), config.granularity == "channel")
+        scale = weight_scale(folded.detach(), config.by_channel)
         zero = torch.zeros_like(scale, dtype=torch.int32)
         return torch.fake_quantize_per_channel_affine(folded, scale, zero, 0, -128, 127) / factor
 

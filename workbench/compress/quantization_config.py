@@ -56,8 +56,10 @@ class QuantConfig(Config):
         description="Of activations: affine fits lowest and highest value; symmetric keeps zero in the middle where values can "
         "be negative, and at the bottom where they can't. Weights are always symmetric, as the kernels expect.",
     )
-    granularity: Literal["channel", "tensor"] = Field(
-        "channel", description="One scale for each output channel of a weight, or one for the whole weight."
+    granularity: Literal["auto", "channel", "tensor"] = Field(
+        "auto",
+        description="One scale for each output channel of a weight, or one for the whole weight; auto: for each channel, but in "
+        "fp8, where it is no more exact and GPUs multiply more slowly, for the whole.",
     )
     observer: str = Field(
         "auto",
@@ -95,6 +97,11 @@ class QuantConfig(Config):
         description="Bits of an embedding's numbers (dynamic, weight_only): 8 stores each row as integers with one scale.",
         json_schema_extra=hint(advanced=True),
     )
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether each output channel of a weight has a scale of its own."""
+        return self.granularity == "channel" or (self.granularity == "auto" and self.mode != "fp8")
 
     @field_validator("observer")
     @classmethod

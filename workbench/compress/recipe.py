@@ -110,7 +110,7 @@ class WeightObserver(ObserverBase):  # type: ignore[misc]
         super().__init__(dtype=spec["dtype"])
         self.qscheme, self.quant_min, self.quant_max = spec["qscheme"], spec["quant_min"], spec["quant_max"]
         self.ch_axis = 0
-        self.per_channel = config.granularity == "channel"
+        self.per_channel = config.by_channel
         self.scale = torch.ones(1)
         self.rounds: bool | None = None
 
