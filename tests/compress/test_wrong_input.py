@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from workbench.models import ModelConfig, build_model
 from workbench.training import TrainConfig, TrainResult
 
 X = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+WIDER = X.repeat(1, 1, 1, 2)
 Y = torch.arange(8)
 TUNE = TrainConfig(data={"name": "digits"})
 QUICK = CompareConfig(compile=False, reload=False, memory=False, attributions=0, seconds=0.1, rounds=3)
@@ -34,6 +36,11 @@ QUICK = CompareConfig(compile=False, reload=False, memory=False, attributions=0,
 def resnet() -> nn.Module:
     torch.manual_seed(0)
     return build_model(ModelConfig(name="resnet20", num_classes=10, in_channels=1, args={"width": 4})).eval()
+
+
+@functools.cache
+def int8() -> nn.Module:
+    return quantize(resnet(), None, X)
 
 
 class TwoInputs(nn.Module):
@@ -95,11 +102,14 @@ WRONG: dict[str, tuple[Callable[[], Any], type[WorkbenchError], str]] = {
     "samples of other channels": (lambda: quantize(resnet(), None, X.repeat(1, 3, 1, 1)), DataError, r"\[2, 3, 8, 8\]"),
     "samples of another type": (lambda: quantize(resnet(), None, X.double()), DataError, "of float64"),
     "samples of two sizes": (lambda: quantize(resnet(), None, [X, X[..., :4]]), DataError, r"\[1, 8, 8\] .* then \[1, 8, 4\]"),
+    "another size than the graph's": (lambda: int8()(WIDER), DataError, r"\[N, 1, 8, 8\] of .* \[8, 1, 8, 16\] of .* quantize again"),
+    "another type than the graph's": (lambda: int8()(X.double()), DataError, "of float32, .* of float64"),
+    "another size, compiled": (lambda: compiled(int8())(WIDER), DataError, r"\[N, 1, 8, 8\] of .* \[8, 1, 8, 16\]"),
     "NaN in a sample": (lambda: quantize(resnet(), None, nan_at_the_end()), DataError, "NaN or infinite"),
     "an infinite weight": (lambda: quantize(diverged(), None, X), ModelError, "'classifier.weight' holds NaN"),
     "weights of 16 bits": (lambda: quantize(resnet().half(), None, X.half()), ModelError, r"float16; .* model.float\(\)"),
     "weights of 64 bits": (lambda: quantize(resnet().double(), None, X.double()), ModelError, "float64"),
-    "quantized, then pruned": (lambda: prune(quantize(resnet(), None, X), None, X), ModelError, "Prune first, then quantize"),
+    "quantized, then pruned": (lambda: prune(int8(), None, X), ModelError, "Prune first, then quantize"),
     "percent for a fraction": (lambda: sensitivity(resnet(), [(X, Y)], (0.5,)).suggestion(1), ConfigError, "drop=1 must lie"),
     "variants without names": (lambda: compare([resnet()], [(X, Y)]), ConfigError, "by its name"),
     "a number for a variant": (lambda: compare({"a": 5}, [(X, Y)]), ConfigError, "A variant is a int"),

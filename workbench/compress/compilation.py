@@ -21,6 +21,7 @@ from torch import nn
 
 from workbench.compress.capture import Captured
 from workbench.compress.joined import join_siblings
+from workbench.compress.sample import try_out
 from workbench.errors import DeviceError, ModelError
 from workbench.models.structure import check_module, structure_of
 
@@ -38,6 +39,7 @@ def compiled(model: nn.Module, dtype: torch.dtype = torch.float32, *, tune: bool
     Raises:
         DeviceError: there is no C++ compiler on this machine.
         ModelError: at the first call, the model can't be compiled as one graph; the message names the line.
+        DataError: at a call, the model doesn't take the input even uncompiled.
     """
     check_module(model)
     if not has_compiler():
@@ -110,7 +112,7 @@ class _Compiled(nn.Module):
         # Weights are frozen only where no gradient can be asked for. Autocast's cache of weights would be freed between captured
         # calls.
         with (
-            self._tracing(key),
+            self._tracing(key, x),
             torch.no_grad(),
             torch.autocast(
                 device, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16, cache_enabled=not self.cuda_device
@@ -121,7 +123,7 @@ class _Compiled(nn.Module):
         return output
 
     @contextmanager
-    def _tracing(self, key: tuple[Any, ...]) -> Iterator[None]:
+    def _tracing(self, key: tuple[Any, ...], x: torch.Tensor) -> Iterator[None]:
         if key in self._seen:
             yield
             return
@@ -136,6 +138,7 @@ class _Compiled(nn.Module):
             try:
                 yield
             except torch._dynamo.exc.Unsupported as error:
+                try_out(self.model, x, "the input")  # what the model itself refuses is no fault of its code
                 raise ModelError(
                     f"{type(self.model).__name__} can't be compiled as one graph{where(error)}: {first_line(error)}",
                     "Rewrite that line without branches on tensor values (torch.where, torch.cond), or run the model as it is.",

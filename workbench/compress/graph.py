@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 
 from workbench.compress.compilation import first_line, import_quietly, where
 from workbench.compress.quantization_config import QuantConfig
-from workbench.errors import ArtefactError, ConfigError, ModelError
+from workbench.errors import ArtefactError, ConfigError, DataError, ModelError
 from workbench.models.structure import Structure
 
 _OPS = torch.ops.quantized_decomposed
@@ -44,8 +44,22 @@ class QuantizedModel(nn.Module):
         self.graph = graph.requires_grad_(False)
         self.training = False
         self.structure = Structure()
+        example = next(node for node in graph.graph.nodes if node.op == "placeholder").meta["val"]
+        self._shape, self._dtype = tuple(example.shape[1:]), example.dtype
 
     def forward(self, x: Tensor) -> Any:
+        """(N, ...) of the shape and type that the graph was made for, any N.
+
+        Raises:
+            DataError: of another shape or type.
+        """
+        if x.shape[1:] != self._shape or x.dtype != self._dtype:
+            made = ", ".join(map(str, ("N", *self._shape)))
+            raise DataError(
+                f"This INT8 model was made for [{made}] of {str(self._dtype).removeprefix('torch.')}, and got {list(x.shape)} "
+                f"of {str(x.dtype).removeprefix('torch.')}.",
+                "Bring the input to that, or quantize again with samples of the other size and type.",
+            )
         return self.graph(x)
 
     def train(self, mode: bool = True) -> QuantizedModel:
