@@ -267,6 +267,30 @@ def test_two_ranks_on_nccl_have_the_losses_of_one(accumulate: int, one_rank: Run
 
 
 @two_devices
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 2, "ema": 0.9}, {"compile": "default", "deterministic": False}])
+def test_a_model_spread_over_two_ranks_has_the_losses_of_one(changes: dict[str, Any], one_rank: Run) -> None:
+    run = launch(small(**{"model.args": {"dropout": 0.0}, "mesh": {"shard": 2}} | changes), nproc=2).wait(timeout=300)
+    difference = float(np.abs(run.history["loss"] - one_rank.history["loss"]).max())
+    print(f"2 shards, {changes}: {difference:.1e}")
+    assert difference < (1e-3 if "compile" in changes else 1e-5)
+    readings = run.readings("gradients")
+    for rank in (0, 1):
+        mine = readings[readings["rank"] == rank].reset_index(drop=True)
+        np.testing.assert_allclose(
+            mine["norm"], one_rank.readings("gradients")["norm"], rtol=2e-2 if "compile" in changes else 2e-3
+        )
+
+
+@two_devices
+def test_a_checkpoint_of_shards_opens_on_one_gpu(one_rank: Run, tmp_path: Path) -> None:
+    spread = small(**{"model.args": {"dropout": 0.0}, "mesh": {"shard": 2}})
+    run = launch(spread, nproc=2, root=tmp_path, replay=[(13, "stop", {})]).wait(timeout=300)
+    assert run.status == "stopped"
+    run.resume(1, mesh={}).wait(timeout=300)
+    assert float(np.abs(run.history["loss"] - one_rank.history["loss"]).max()) < 1e-5
+
+
+@two_devices
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_two_compiled_ranks_have_the_losses_and_readings_of_eager_ones(mode: str) -> None:
     """The compiled (captured) graph lies within DistributedDataParallel, the probes' operators within the graph."""
