@@ -66,6 +66,19 @@ class Separable(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Tied(nn.Module):
+    """A table read at both ends, as language models have, with a hidden layer between that is free."""
+
+    def __init__(self, num_classes: int = 50) -> None:
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(num_classes, 16), nn.Linear(16, 64), nn.Linear(64, 16)
+        self.out = nn.Linear(16, num_classes, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.down(torch.relu(self.up(self.table(ids).mean(1)))))
+
+
 def residual(num_classes: int = 10, in_channels: int = 1, width: int = 8) -> nn.Module:
     model = Residual(num_classes, in_channels, width)
     generator = torch.Generator().manual_seed(0)
@@ -83,3 +96,7 @@ def tokens(num_classes: int = 10) -> nn.Module:
 
 def separable(num_classes: int = 10, spread: float = 1.0) -> nn.Module:
     return Separable(num_classes, spread)
+
+
+def tied(num_classes: int = 50) -> nn.Module:
+    return Tied(num_classes)

@@ -17,6 +17,9 @@ from workbench.models import ModelConfig, build_model
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 
 
+NETS = Path(__file__).with_name("nets.py")
+
+
 def _state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -89,6 +92,22 @@ def test_reloads_bit_equal_in_a_fresh_process(model, static, x, tmp_path):
     pruned = quantize(prune(model, PruneConfig(ratio=0.4), x), QuantConfig(), x)
     first, second = answers_elsewhere([(static, x), (pruned, x)], tmp_path)
     assert torch.equal(first, static(x)) and torch.equal(second, pruned(x))
+
+
+def test_a_weight_tied_to_an_embedding_is_int8_where_it_multiplies(tmp_path):
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(name=f"{NETS}:tied", num_classes=50)).eval()
+    ids = torch.randint(0, 50, (32, 6))
+    quantized = quantize(model, QuantConfig(), ids)
+    state = quantized.state_dict()
+    table, integers, scale = (state[f"graph.table.{name}"] for name in ("weight", "weight_int8", "weight_int8_scale"))
+    assert torch.equal(table, model.table.weight) and integers.dtype == torch.int8
+    assert ((integers * scale[:, None] - table).abs() <= scale[:, None] / 2 * (1 + 1e-4)).all()
+    with torch.no_grad():
+        assert (quantized(ids) - model(ids)).norm() / model(ids).norm() < 0.05
+    assert torch.equal(load_model(save_model(quantized, tmp_path / "q"))(ids), quantized(ids))
+    kept = quantize(model, QuantConfig(keep_float=["table"]), ids)
+    assert "graph.table.weight_int8" not in kept.state_dict() and kept.state_dict()["graph.up.weight"].dtype == torch.int8
 
 
 def test_a_copy_is_equal_and_keeps_its_structure(static, x):

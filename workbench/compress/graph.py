@@ -143,22 +143,27 @@ def observe_weights(prepared: GraphModule) -> None:
 
 
 def convert(prepared: GraphModule) -> GraphModule:
-    """The INT8 graph, with its weights under the layers' own names and no fp32 copies of them."""
+    """The INT8 graph, with its weights under the layers' own names and no fp32 copies of them.
+
+    Of a weight that something else reads too, as of an embedding tied to the output layer, the integers are ``…weight_int8``.
+    """
     from torchao.quantization.pt2e import quantize_pt2e
 
     owners = dict(_weight_owners(prepared))
     # Where a batch normalization stands alone, torchao would look for patterns of its own QAT, for minutes; there are none.
     with patch.object(quantize_pt2e, "_fold_conv_bn_qat", lambda graph: graph):
         module: Any = quantize_pt2e.convert_pt2e(prepared)
+    attributes = [node for node in module.graph.nodes if node.op == "get_attr"]
+    values = {node.target: operator.attrgetter(node.target)(module) for node in attributes}
     renamed: dict[str, str] = {}
     for node in module.graph.nodes:
         if node.name not in owners or node.args[1].target is not _OPS.dequantize_per_channel.default:
             continue
+        original = owners[node.name]
+        integers = f"{original}_int8" if original in values else original
         weight, scale, zero_point = node.args[1].args[:3]
         for attribute, suffix in ((weight, ""), (scale, "_scale"), (zero_point, "_zero_point")):
-            renamed.setdefault(attribute.target, owners[node.name] + suffix)  # a weight used twice keeps one name
-    attributes = [node for node in module.graph.nodes if node.op == "get_attr"]
-    values = {node.target: operator.attrgetter(node.target)(module) for node in attributes}
+            renamed.setdefault(attribute.target, integers + suffix)  # a weight used twice keeps one name
     for name in [*dict(module.named_parameters(remove_duplicate=False)), *dict(module.named_buffers(remove_duplicate=False))]:
         if name not in values or name in renamed:
             owner, _, last = name.rpartition(".")
