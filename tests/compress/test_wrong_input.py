@@ -16,6 +16,7 @@ from workbench.comparison import CompareConfig, compare
 from workbench.compress import (
     GradualConfig,
     PruneConfig,
+    QuantAwareTraining,
     compiled,
     distill,
     prune,
@@ -98,6 +99,8 @@ WRONG: dict[str, tuple[Callable[[], Any], type[WorkbenchError], str]] = {
     "weights of 16 bits": (lambda: quantize(resnet().half(), None, X.half()), ModelError, r"float16; .* model.float\(\)"),
     "weights of 64 bits": (lambda: quantize(resnet().double(), None, X.double()), ModelError, "float64"),
     "quantized, then pruned": (lambda: prune(int8(), None, X), ModelError, "Prune first, then quantize"),
+    "quantized, then trained for it": (lambda: QuantAwareTraining(int8(), None, X).prepare(), ModelError, "quantized already"),
+    "other settings to train for": (lambda: QuantAwareTraining(resnet(), PruneConfig()), ConfigError, "not a QuantConfig"),
     "percent for a fraction": (lambda: sensitivity(resnet(), [(X, Y)], (0.5,)).suggestion(1), ConfigError, "drop=1 must lie"),
     "variants without names": (lambda: compare([resnet()], [(X, Y)]), ConfigError, "by its name"),
     "a number for a variant": (lambda: compare({"a": 5}, [(X, Y)]), ConfigError, "A variant is a int"),

@@ -1,6 +1,7 @@
 """INT8 as an exported graph: export, observe, convert, and set ranges.
 
 * :class:`QuantizedModel` — the graph as a module.
+* :func:`check_unquantized` — whether a model can still become one.
 * :func:`export_graph` — a model as a graph, or an error that names the line that can't become one.
 * :func:`prepare`, :func:`calibrate`, :func:`convert` — observers in, ranges found, INT8 out; :func:`set_ranges` for a graph
   whose ranges are known.
@@ -24,7 +25,7 @@ from torch.fx import GraphModule, Node
 from workbench.compress.compilation import first_line, import_quietly, where
 from workbench.compress.quantization_config import QuantConfig
 from workbench.errors import ArtefactError, ConfigError, DataError, ModelError
-from workbench.models.structure import Structure
+from workbench.models.structure import Structure, check_module, structure_of
 
 _OPS = torch.ops.quantized_decomposed
 _ATEN = torch.ops.aten
@@ -70,6 +71,17 @@ class QuantizedModel(nn.Module):
                 "Fine-tune the model first, or with QuantAwareTraining, then quantize it.",
             )
         return self
+
+
+def check_unquantized(model: Any) -> None:
+    """Refuse what isn't a module, or is quantized.
+
+    Raises:
+        ModelError: it is.
+    """
+    check_module(model)
+    if any(transform["kind"] == "quantize" for transform in structure_of(model).transforms):
+        raise ModelError("This model is quantized already.", "Quantize the model that it came from.")
 
 
 def export_graph(source: nn.Module, x: Tensor) -> GraphModule:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.compress.graph import our_versions
+from workbench.compress.graph import check_unquantized, our_versions
 from workbench.compress.observers import scale_and_zero_point, weight_scale
 from workbench.compress.quantization_config import QuantConfig
 from workbench.compress.rounding import rounding_points
@@ -50,7 +50,8 @@ class QuantAwareTraining:
     """
 
     def __init__(self, model: nn.Module, config: QuantConfig | None = None, example: Any = None) -> None:
-        self.model, self.config, self.example = model, config or QuantConfig(mode="qat"), example
+        self.model, self.example = model, example
+        self.config = QuantConfig(mode="qat") if config is None else QuantConfig.checked(config)
         if self.config.mode != "qat":
             raise ConfigError(f"mode={self.config.mode!r} isn't trained.", 'Pass QuantConfig(mode="qat"), or call quantize.')
 
@@ -58,8 +59,10 @@ class QuantAwareTraining:
         """A copy of the model that rounds its weights and activations while it trains.
 
         Raises:
-            ModelError: the model can't be exported (the message names the line), has nothing to quantize, or is so prepared.
+            ModelError: the model can't be exported (the message names the line), has nothing to quantize, is so prepared, or is
+                quantized already.
         """
+        check_unquantized(self.model)
         if is_prepared(self.model):
             raise ModelError("This model is prepared for quantization-aware training already.", "Train it, then quantize it.")
 

@@ -22,12 +22,12 @@ from workbench.compress import graph as graphs
 from workbench.compress import qat
 from workbench.compress.correction import correct_biases
 from workbench.compress.equalization import equalize, insert
-from workbench.compress.graph import QuantizedModel, our_versions
+from workbench.compress.graph import QuantizedModel, check_unquantized, our_versions
 from workbench.compress.quantization_config import QuantConfig
 from workbench.compress.rounding import FLOAT_OPERATIONS
 from workbench.compress.sample import try_out
 from workbench.errors import ConfigError, DataError, ModelError
-from workbench.models.structure import check_module, count_parameters, structure_of
+from workbench.models.structure import count_parameters, structure_of
 from workbench.registry import Registry
 
 Found = dict[str, Any]
@@ -87,7 +87,7 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, data: Any = No
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference" (2018).
     """
-    check_module(model)
+    check_unquantized(model)
     if config is not None:
         QuantConfig.checked(config)
     if qat.is_prepared(model):
@@ -105,8 +105,6 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, data: Any = No
             "Call QuantAwareTraining(model, config, example).prepare(), train what it gives, then quantize that; or use "
             "mode='static' with calibration data.",
         )
-    if any(transform["kind"] == "quantize" for transform in structure_of(model).transforms):
-        raise ModelError("This model is quantized already.", "Quantize the model that it came from.")
     wanted = config.mode in ("static", "fp8") or config.backend in ("onnxruntime", "openvino")
     batches = list(calibration_batches(data, config.calibration_samples)) if wanted else []
     if config.mode == "static" and not batches:
