@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from workbench.artefact import load_model, save_model
 from workbench.compress import QuantConfig, layer_sensitivity, mixed_precision, quantize
-from workbench.compress.mixed import divergence
+from workbench.compress.mixed import SCORED, _Samples, divergence
 from workbench.errors import ConfigError, DataError, ModelError
 from workbench.models import ModelConfig, build_model
 
@@ -74,6 +74,14 @@ def test_nothing_is_left_where_nothing_is_lost(model: nn.Module, x: Tensor) -> N
         mixed_precision(model, None, x, measure=lambda variant: float(isinstance(variant, type(model))))
 
 
+def test_one_batch_is_a_list_of_it_and_labels_end_with_the_samples(x: Tensor) -> None:
+    labels = torch.arange(128) % 10
+    assert _Samples((x, labels)).labels is not None and _Samples((x, labels)).inputs[0].shape == x.shape
+    many = _Samples([(x, labels)] * 17)
+    assert sum(map(len, many.inputs)) == len(many.labels) == SCORED
+    assert _Samples([(x, labels), x]).labels is None and _Samples([(x, labels.float())]).labels is None
+
+
 def test_divergence_is_that_of_the_definition() -> None:
     p, q = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     a, b = p.softmax(1).double(), q.softmax(1).double()
@@ -84,5 +92,21 @@ def test_divergence_is_that_of_the_definition() -> None:
 def test_errors_name_the_remedy(model: nn.Module, x: Tensor) -> None:
     with pytest.raises(DataError, match="Pass data="):
         layer_sensitivity(model)
+    for call in (layer_sensitivity, mixed_precision):
+        with pytest.raises(DataError, match="batch holds a dict"):
+            call(model, None, [{"x": x}])
+        with pytest.raises(DataError, match="data is a int"):
+            call(model, None, 5)
+        with pytest.raises(DataError, match="NaN"):
+            call(model, None, x / 0)
+        with pytest.raises(DataError, match=r"calibration samples, \[2, 28, 28\]"):
+            call(model, None, x[:, 0])
+        with pytest.raises(ModelError, match="is a str"):
+            call("resnet18", None, x)
+    for loss in (-1, float("nan"), 1.5):
+        with pytest.raises(ConfigError, match=rf"max_loss={loss} must lie between 0 and 1"):
+            mixed_precision(model, None, x, max_loss=loss)
+    with pytest.raises(ConfigError, match="between 0 and inf"):
+        mixed_precision(model, None, x, max_loss=-1, measure=lambda variant: 0.0)
     with pytest.raises(ConfigError, match="mode='static'"):
         layer_sensitivity(model, QuantConfig(mode="dynamic"), x)

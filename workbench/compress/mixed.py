@@ -7,16 +7,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.compress.graph import layer_of
-from workbench.compress.quantization import calibrated, calibration_batches, quantize
+from workbench.compress.graph import check_unquantized, layer_of
+from workbench.compress.quantization import as_batches, calibrated, calibration_batches, quantize
 from workbench.compress.quantization_config import QuantConfig
+from workbench.compress.sample import try_out
 from workbench.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -41,15 +43,18 @@ def layer_sensitivity(model: nn.Module, config: QuantConfig | None = None, data:
 
     Raises:
         ConfigError: a mode without calibration.
-        DataError: no samples.
+        DataError: no samples, or none that :func:`~workbench.compress.quantization.quantize` takes.
+        ModelError: the model is quantized already, or has nothing to quantize.
     """
     import pandas as pd
 
+    check_unquantized(model)
     config = _static(config)
     samples = _Samples(data)
     source = copy.deepcopy(model).cpu().eval()
     batches = list(calibration_batches(samples.inputs, config.calibration_samples))
     sizes = {name: p.numel() for name, p in source.named_parameters()}
+    try_out(source, samples.inputs[0][:2], "the calibration samples")
     reference = samples.logits(source)
     prepared, _ = calibrated(source, config, batches)
     rounding = _Rounding(prepared)
@@ -84,17 +89,26 @@ def mixed_precision(
 
     Args:
         model, config, data: as for :func:`layer_sensitivity`.
-        max_loss: fraction that may be lost: of accuracy with labels, of equal predictions without, or of ``measure``.
+        max_loss: what may be lost, from 0: a fraction up to 1, of accuracy with labels and of equal predictions without; with
+            ``measure``, in its units.
         measure: a quality of your own, the higher the better, e.g. accuracy on held-out samples; by default on ``data``.
 
     Raises:
         ModelError: even one quantized layer loses more.
-        ConfigError, DataError: as for :func:`layer_sensitivity`.
+        ConfigError: ``max_loss`` is out of range.
+        ConfigError, DataError, ModelError: as for :func:`layer_sensitivity`.
     """
+    check_unquantized(model)
     config = _static(config)
+    most = math.inf if measure else 1
+    if not 0 <= max_loss <= most:
+        raise ConfigError(
+            f"max_loss={max_loss} must lie between 0 and {most}.", "Pass what may be lost: 0.01 is a point of accuracy."
+        )
     order: list[str] = []
     samples = _Samples(data)
     source = copy.deepcopy(model).cpu().eval()
+    try_out(source, samples.inputs[0][:2], "the calibration samples")
     reference = samples.logits(source)
     best = measure(source) if measure else 0.0
 
@@ -124,7 +138,7 @@ def mixed_precision(
 
 
 def _static(config: QuantConfig | None) -> QuantConfig:
-    config = config or QuantConfig()
+    config = QuantConfig.checked(config)
     if config.mode != "static" or config.backend != "cpu":
         raise ConfigError(
             f"Sensitivity is of static quantization for the CPU, not of mode={config.mode!r}, backend={config.backend!r}.",
@@ -177,21 +191,20 @@ class _Samples:
     """Inputs, and labels where there are any, in batches."""
 
     def __init__(self, data: Any) -> None:
-        batches: Iterable[Any] = torch.split(data, 64) if isinstance(data, Tensor) else (data if data is not None else ())
-        self.inputs: list[Tensor] = []
-        labels: list[Tensor] = []
-        for batch in batches:
-            parts = batch if isinstance(batch, tuple | list) else (batch,)
-            self.inputs.append(parts[0].detach().cpu())
-            labels += [parts[1].detach().cpu()] if len(parts) > 1 and isinstance(parts[1], Tensor) else []
-            if sum(map(len, self.inputs)) >= SCORED:
-                break
+        given: list[Any] = []
+
+        def noted() -> Iterator[Any]:
+            for batch in as_batches(data):
+                given.append(batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None)
+                yield batch
+
+        self.inputs = list(calibration_batches(noted(), SCORED))
         if not self.inputs:
             raise DataError(
                 "Sensitivity is measured on samples, and got none.", "Pass data=: a tensor (N, ...), or batches (x, y)."
             )
-        integer = len(labels) == len(self.inputs) and all(part.dtype == torch.int64 and part.dim() == 1 for part in labels)
-        self.labels = torch.cat(labels) if integer else None
+        classes = all(isinstance(y, Tensor) and y.dtype == torch.int64 and y.dim() == 1 for y in given)
+        self.labels = torch.cat([y.detach().cpu() for y in given])[:SCORED] if classes else None
 
     def logits(self, model: nn.Module) -> Tensor:
         with torch.no_grad():

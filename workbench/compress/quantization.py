@@ -175,14 +175,8 @@ def calibration_batches(data: Any, limit: int) -> Iterator[torch.Tensor]:
     Raises:
         DataError: they aren't tensors, differ in shape or type, or aren't finite.
     """
-    if data is None:
-        return
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, torch.Tensor) for part in data):
-        data = [data]
     first: torch.Tensor | None = None
-    if not isinstance(data, torch.Tensor) and not isinstance(data, Iterable):
-        raise DataError(f"Calibration data is a {type(data).__name__}.", "Pass a tensor (N, ...) or an iterable of batches.")
-    for batch in torch.split(data, 64) if isinstance(data, torch.Tensor) else data:
+    for batch in as_batches(data):
         x = batch[0] if isinstance(batch, tuple | list) else batch
         if not isinstance(x, torch.Tensor):
             raise DataError(
@@ -201,6 +195,23 @@ def calibration_batches(data: Any, limit: int) -> Iterator[torch.Tensor]:
         limit -= len(x)
         if limit <= 0:
             return
+
+
+def as_batches(data: Any) -> Iterable[Any]:
+    """Calibration data as batches, whatever these are.
+
+    Raises:
+        DataError: it has none.
+    """
+    if data is None:
+        return ()
+    if isinstance(data, torch.Tensor):
+        return torch.split(data, 64)
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, torch.Tensor) for part in data):
+        return [data]
+    if not isinstance(data, Iterable):
+        raise DataError(f"Calibration data is a {type(data).__name__}.", "Pass a tensor (N, ...) or an iterable of batches.")
+    return data
 
 
 def _check_weights(source: nn.Module, config: QuantConfig) -> None:
