@@ -71,7 +71,7 @@ def fails(config: TrainConfig, error: type[WorkbenchError], *words: str, **given
         ({"optim.learning_rate": 0.1}, ["optim.learning_rate is not a setting of OptimConfig", "it has", "lr"]),
         ({"epoch": 3}, ["epoch is not a setting of TrainConfig", "did you mean 'epochs'"]),
         ({"optim.args": {"hook": print}}, ["optim.args", "cannot be written to a file", "numbers, text"]),
-        ({"mesh.replicate": 2}, ["replicate=2 is not supported", "'all'"]),
+        ({"mesh.shard": 0}, ["mesh.shard=0 must be 'all', or greater than or equal to 1"]),
         ({"label": "x" * 61}, ["label", "at most 60"]),
     ],
 )
