@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,33 @@ def test_an_int8_lstm_exports_and_compiles_whole(tmp_path: Path, ids: Tensor) ->
         for samples in (ids, ids[:1], ids.repeat(3, 1)):
             assert torch.equal(loaded(samples), int8(samples))
         assert torch.allclose(torch.compile(int8, fullgraph=True, dynamic=False)(ids), int8(ids), atol=1e-4)
+
+
+def test_exported_files_load_elsewhere_once_their_operations_are_imported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    lstm, ids, x = text("lstm"), torch.randint(1, 500, (4, 8)), torch.randn(16, 8)
+    static = quantize(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), None, x)
+    cases = {  # in this order: reading the second file imports what the first one needs
+        "torchao.quantization.pt2e": (static.graph, x),
+        "workbench.compress.int8_lstm": (quantize(lstm, DYNAMIC), ids),
+    }
+    for needed, (model, given) in cases.items():
+        torch.export.save(torch.export.export(model, (given,), strict=True), tmp_path / f"{needed}.pt2")
+        torch.save((given, model(given)), tmp_path / f"{needed}.pt")
+    code = """
+import importlib, sys, torch
+folder, *names = sys.argv[1:]
+for needed in names:
+    try:
+        torch.export.load(f"{folder}/{needed}.pt2")
+        sys.exit("it loads without: say so in the docstrings")
+    except RuntimeError:
+        importlib.import_module(needed)
+    given, expected = torch.load(f"{folder}/{needed}.pt")
+    assert torch.equal(torch.export.load(f"{folder}/{needed}.pt2").module()(given), expected), needed
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), *cases], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-1000:]
 
 
 def test_an_lstm_follows_weights_loaded_after_a_call() -> None:

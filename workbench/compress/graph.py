@@ -38,6 +38,7 @@ class QuantizedModel(nn.Module):
     """An INT8 graph that is called like the model it came from: any batch size, no gradients, always in evaluation mode.
 
     ``state_dict`` keeps the layers' names: ``graph.conv1.weight`` (int8), ``graph.conv1.weight_scale``, ``graph.conv1.bias`` …
+    To export it, pass ``.graph`` to :func:`torch.export.export`; the file loads where ``torchao.quantization.pt2e`` is imported.
     """
 
     def __init__(self, graph: GraphModule) -> None:

@@ -2,7 +2,13 @@
 
 * :class:`Int8LSTM` — takes and gives what :class:`torch.nn.LSTM` does.
 * ``torch.ops.workbench.int8_lstm`` — the kernel as one operation on plain tensors, so that a model with such a layer compiles as
-  one graph and exports; a program saved by :func:`torch.export.save` loads once this module is imported.
+  one graph and exports.
+
+A process that loads an exported file must know the operation, which is ours; without it, PyTorch says no more than that it "ran
+into an error when deserializing":
+
+>>> import workbench.compress.int8_lstm
+>>> model = torch.export.load("lstm.pt2").module()
 """
 
 from __future__ import annotations

@@ -85,6 +85,10 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, data: Any = No
         ConfigError: settings that don't go with this model.
         MissingDependency: the backend's extra isn't installed.
 
+    Exports to ``.pt2`` files: :func:`torch.export.load` must know the operations in them, so import before it
+    ``torchao.quantization.pt2e`` for a static model, of which ``.graph`` is exported, and ``workbench.compress.int8_lstm`` for a
+    dynamic one with LSTMs.
+
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference" (2018).
     """
     check_unquantized(model)
