@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import enum
-import math
 import types
 import typing
 from collections.abc import Iterator
@@ -19,11 +18,10 @@ from functools import cache
 from pathlib import PurePath
 from typing import Any, Literal, Union
 
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from workbench.config import Config, load_yaml
+from workbench.config import Config, dump_yaml, load_yaml
 from workbench.errors import ConfigError
 from workbench.registry import load_object
 
@@ -87,8 +85,7 @@ class Field:
         if isinstance(value, (dict, list, tuple)) and not value and not self.optional:
             return ""
         plain = list(value) if isinstance(value, tuple) else value
-        text = yaml.safe_dump(plain, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False)
-        return text.removesuffix("...\n").strip()
+        return dump_yaml(plain, flow=True).removesuffix("...\n").strip()
 
     def parse(self, raw: Any) -> Any:
         """The value a control's content stands for; its type and bounds are the Config's to check.

@@ -126,7 +126,7 @@ class Config(BaseModel):
 
     def to_yaml(self, path: str | os.PathLike[str] | None = None) -> str:
         """Every setting as YAML; written to ``path`` too when given."""
-        text = yaml.dump(self.model_dump(mode="json"), Dumper=_Yaml12Dumper, sort_keys=False, allow_unicode=True)
+        text = dump_yaml(self.model_dump(mode="json"))
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
@@ -183,6 +183,13 @@ for _class in (_Yaml12, _Yaml12Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
     )
+
+
+def dump_yaml(value: Any, *, flow: bool = False) -> str:
+    """YAML that :func:`load_yaml` reads back as ``value``: in lines, or with ``flow`` in a single one with brackets."""
+    layout: dict[str, Any] = {"default_flow_style": True, "width": math.inf} if flow else {}
+    text: str = yaml.dump(value, Dumper=_Yaml12Dumper, sort_keys=False, allow_unicode=True, **layout)
+    return text
 
 
 def load_yaml(text: str, origin: str = "text") -> Any:
