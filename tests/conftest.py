@@ -24,6 +24,11 @@ hypothesis.settings.load_profile("any pace")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start many processes go first: begun last, they would keep one worker busy long after the others are done."""
+    items.sort(key=lambda item: Path(item.path).parent.name != "training")
+
+
 @pytest.fixture(autouse=True)
 def _runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORKBENCH_RUNS", str(tmp_path / "runs"))
