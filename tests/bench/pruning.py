@@ -49,7 +49,7 @@ CUDA = torch.cuda.is_available()
 START = time.monotonic()
 HELD_OUT = 2000
 SEEDS = (0, 1, 2)
-# Channels by eights: with odd numbers of them, training in bf16 on tensor cores takes several times as long.
+# Channels by eights, as tensor cores take 16-bit numbers.
 WAYS = {
     "l1": GradualConfig(steps=1, round_to=8),
     "l1-economy": GradualConfig(steps=1, round_to=8, economy=0.5),
