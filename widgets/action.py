@@ -119,7 +119,7 @@ class ActionPanel(Panel):
     # -- for the panels --------------------------------------------------------------------------------------------
 
     def _code_for(self, run: Run, config: Any, name: str) -> str:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say which code its button runs.")
 
     def _choices(self) -> Html | None:
         """What can be chosen beside the source run."""

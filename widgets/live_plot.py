@@ -168,10 +168,10 @@ class LiveWidget(anywidget.AnyWidget):
         self.__dict__.pop("_repr_mimebundle_", None)  # ipywidgets disables it; a closed plot still shows its static view
 
     def _changes(self, frame: Frame, whole: bool) -> None:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say what has changed.")
 
     def _static_html(self) -> str:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say how it looks where nothing runs.")
 
     def _publish(self, whole: bool = False) -> None:
         with self._lock:

@@ -84,7 +84,7 @@ class Panel:
     # -- for the panels --------------------------------------------------------------------------------------------
 
     def _build(self) -> ipywidgets.Widget:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say what it is built of.")
 
     def _summary(self) -> Html:
         return tag("b", self.title) + tag("pre", self.code)

@@ -137,13 +137,14 @@ def whole_norms(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
         order: 2 or infinity.
     """
     parts = [local(tensor) for tensor in tensors]
-    norms = torch.zeros(len(parts), device=parts[0].device)
-    filled = [index for index, part in enumerate(parts) if part.numel()]  # a small tensor leaves some ranks without any
-    if filled:
-        found = torch.stack(torch._foreach_norm([parts[index] for index in filled], order, dtype=torch.float32))
-        norms = found if len(filled) == len(parts) else norms.index_copy(0, torch.tensor(filled, device=norms.device), found)
+    nothing = torch.zeros((), device=parts[0].device)
+    filled = [part for part in parts if part.numel()]  # a small tensor leaves some ranks without any of it
+    found = iter(torch._foreach_norm(filled, order, dtype=torch.float32) if filled else ())
+    norms = torch.stack([next(found) if part.numel() else nothing for part in parts])
+    if not any(map(_is_spread, tensors)):
+        return norms
     if order == 2:
-        return sum_over_shards(norms.square(), tensors).sqrt()
+        return sum_over_shards(norms.double().square(), tensors).sqrt().float()
     return sum_over_shards(norms, tensors, largest=True)
 
 
@@ -161,8 +162,8 @@ def sum_over_shards(values: Tensor, owners: Sequence[Tensor], *, largest: bool =
         if not any(spread):
             continue
         if not all(spread) and not largest:  # what each rank has whole counts once
-            copies = torch.tensor([1.0 if held else mesh.size(dimension) for held in spread], device=values.device)
-            values = values / copies.view(-1, *[1] * (values.ndim - 1))
+            shares = [row if held else row / mesh.size(dimension) for row, held in zip(values.unbind(), spread, strict=True)]
+            values = torch.stack(shares)
         values = values.contiguous()
         operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
         dist.all_reduce(values, op=operation, group=mesh.get_group(dimension))

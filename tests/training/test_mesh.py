@@ -31,7 +31,12 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def given(config: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]:
     def make(**changes: Any) -> TrainConfig:
-        return config(**({"model.args": {"dropout": 0.0}, "epochs": 3, "ema": 0.9, "checkpoint.every_steps": 10} | changes))
+        return config(
+            **(
+                {"model.args": {"dropout": 0.0}, "epochs": 3, "ema": 0.9, "penalties": {"l1": 1e-4}, "checkpoint.every_steps": 10}
+                | changes
+            )
+        )
 
     return make
 

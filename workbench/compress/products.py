@@ -73,7 +73,7 @@ class EightBitLinear(nn.Module):
 
     def product(self, rows: Tensor) -> Tensor:
         """[M, in] fp32 -> [M, out]."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say how it multiplies.")
 
     def measured(self, rows: Tensor) -> Tensor:
         """Scale of the input rows [M, in] by their largest magnitudes: [M, 1], or [] without ``by_channel``."""

@@ -35,7 +35,7 @@ class Term(nn.Module):
         super().__init__()
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say how far the two are apart.")
 
 
 class SoftTargets(Term):

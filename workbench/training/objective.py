@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workbench.distributed import whole
 from workbench.regularizers import PENALTIES
 from workbench.training.distillation import Distillation
 
@@ -44,7 +45,7 @@ class Objective(nn.Module):
         if self._penalties:
             with torch.autocast(value.device.type, enabled=False):
                 for penalty, factor in self._penalties:
-                    value = value + factor * penalty(self.model)
+                    value = value + factor * whole(penalty(self.model))
         return value
 
     def detach(self) -> None:

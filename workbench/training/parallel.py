@@ -26,17 +26,24 @@ class Parallel:
     """
 
     def __init__(self, objective: Objective) -> None:
+        self.objective = objective
         self.forward: nn.Module = objective
 
     def micro_step(self, last: bool) -> AbstractContextManager[Any]:
         """Around the forward and backward pass of a micro-step: gradients travel between ranks after the ``last`` only."""
         return nullcontext()
 
+    def state(self) -> Mapping[str, Tensor]:
+        """All of the model's tensors by name, for rank 0 to save; every rank calls it."""
+        state: dict[str, Tensor] = self.objective.model.state_dict()
+        return state
+
 
 class Replicated(Parallel):
     """A copy on every rank; gradients are averaged while the backward pass runs (DDP)."""
 
     def __init__(self, objective: Objective, deterministic: bool) -> None:
+        super().__init__(objective)
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, objective.constants)
         # As views of buckets, gradients shift in memory once the buckets are rebuilt, and norms of them by their last bit.
         self.forward: DistributedDataParallel = DistributedDataParallel(objective, gradient_as_bucket_view=not deterministic)
@@ -71,6 +78,14 @@ class Sharded(Parallel):
         for root in self._roots:
             root.set_requires_gradient_sync(last)
         return nullcontext()
+
+    def state(self) -> Mapping[str, Tensor]:
+        """On the CPU; ranks other than 0 get none."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state: dict[str, Any] = get_model_state_dict(self.objective.model, options=options)
+        return state
 
 
 def parallelize(
@@ -111,40 +126,28 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
-        children = list(module.children())
-        kinds = [type(child) for child in children]
-        if isinstance(module, nn.Sequential | nn.ModuleList):
-            repeated = [child for child in children if kinds.count(type(child)) > 1 and any(True for _ in child.children())]
-            # Stages of one class hold the blocks themselves.
-            if repeated and not any(_holds_repeated(child) for child in repeated):
-                found.extend(repeated)
-                children = [child for child in children if child not in repeated]
-        for child in children:
-            visit(child)
+        repeated = _repeated(module)
+        # Stages of one class hold the blocks themselves.
+        if any(_repeated(part) for stage in repeated for part in stage.modules()):
+            repeated = []
+        found.extend(repeated)
+        for child in module.children():
+            if child not in repeated:
+                visit(child)
 
     visit(model)
     return found
 
 
-def _holds_repeated(module: nn.Module) -> bool:
-    """Whether a module has a list of modules of one class, themselves of several layers."""
-    for part in module.modules():
-        if isinstance(part, nn.Sequential | nn.ModuleList):
-            kinds = [type(child) for child in part.children() if any(True for _ in child.children())]
-            if len(kinds) > len(set(kinds)):
-                return True
-    return False
+def _repeated(module: nn.Module) -> list[nn.Module]:
+    """Of a list of modules, those of several layers that have another of their class beside them."""
+    if not isinstance(module, nn.Sequential | nn.ModuleList):
+        return []
+    kinds = [type(child) for child in module]
+    return [child for child in module if kinds.count(type(child)) > 1 and any(True for _ in child.children())]
 
 
 def _parts(objective: Objective) -> Iterator[nn.Module]:
     yield objective.model
     if objective.distillation is not None:
         yield objective.distillation.layers
-
-
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """All of a model's tensors, on the CPU of rank 0; every rank calls it, and the others get none."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    state: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return state

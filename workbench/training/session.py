@@ -21,7 +21,7 @@ from workbench.data.batches import Batches, Shard, Target, derive_seed
 from workbench.data.mix import mix_targets
 from workbench.data.splits import Arrays, Splits, load_splits
 from workbench.distributed import World, barrier, process_group
-from workbench.errors import DeviceError, MemoryExhausted, ModelError, RunError, WorkbenchError
+from workbench.errors import ConfigError, DeviceError, MemoryExhausted, ModelError, RunError, WorkbenchError
 from workbench.losses import check_labels, check_output, make_loss, takes_labels
 from workbench.models import ModelConfig, build_model
 from workbench.probes import PROBES, Probe, ProbeSet
@@ -33,7 +33,6 @@ from workbench.training.config import TrainConfig
 from workbench.training.control import Command, Control
 from workbench.training.distillation import Distillation
 from workbench.training.objective import Objective
-from workbench.training.parallel import whole_state
 from workbench.training.precision import Precision
 from workbench.training.recorder import Recorder, say_failed
 from workbench.training.trainer import Trainer
@@ -111,6 +110,11 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     model = build_model(fit_to_data(config, splits), root=run.path)
     images = len(splits.sample_shape) == 3
     sharded = config.mesh.arranged(world.size)["shard"] > 1
+    if sharded and precision.name == "fp16":
+        raise ConfigError(
+            "precision='fp16' scales the loss, and ranks that hold shards do not agree on when it overflowed.",
+            "Take precision='bf16' or 'fp32', or replicate the model: mesh.shard=1.",
+        )
     channels_last = config.channels_last and images and not sharded  # shards are rows of contiguous weights
     model.to(world.device)
     if channels_last:
@@ -228,7 +232,7 @@ def _finish(trainer: Trainer, run: Run, recorder: Recorder, world: World) -> Non
     trainer.average.apply()
     trainer.model.eval()
     recorder.flush(durable=True)
-    state = whole_state(trainer.model) if trainer.config.mesh.arranged(world.size)["shard"] > 1 else None
+    state = trainer.parallel.state()
     if world.main:
         repro.write_code(run.path, run.config, run.events, world.size)
         if trainer.stopped and trainer.step < trainer.total_steps:
