@@ -282,6 +282,12 @@ def test_a_model_spread_over_two_ranks_has_the_losses_of_one(changes: dict[str, 
 
 
 @two_devices
+def test_shards_refuse_a_scaled_loss() -> None:
+    run = launch(small(mesh={"shard": 2}, precision="fp16"), nproc=2).wait(timeout=300, check=False)
+    assert run.status == "failed" and "replicate the model" in str(run.error)
+
+
+@two_devices
 def test_a_checkpoint_of_shards_opens_on_one_gpu(one_rank: Run, tmp_path: Path) -> None:
     spread = small(**{"model.args": {"dropout": 0.0}, "mesh": {"shard": 2}})
     run = launch(spread, nproc=2, root=tmp_path, replay=[(13, "stop", {})]).wait(timeout=300)
