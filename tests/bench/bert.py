@@ -105,6 +105,8 @@ class Tokens(torch.utils.data.Dataset[Any]):
 
 def hugging_face(epochs: int, compiled: bool) -> float:
     """transformers' Trainer and its own classifier."""
+    # Where Hugging Face's datasets aren't installed, it would take this project's folder of that name for them.
+    sys.path[:] = [place for place in sys.path if not (Path(place or ".") / "datasets" / "digits.yaml").exists()]
     from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
     class Clock(TrainerCallback):  # type: ignore[misc]

@@ -109,6 +109,8 @@ class Bench:
 
     def work(self) -> None:
         """Make whatever is missing and not being made by another process, until everything is there."""
+        if CUDA:
+            torch.set_num_threads(4)  # several processes' searches would else fight for the same cores
         while missing := [task for task in self.tasks() if not self.has(task.name)]:
             for task in missing:
                 if all(map(self.has, task.needs)):

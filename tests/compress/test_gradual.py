@@ -118,3 +118,10 @@ def test_sparse_training_fades_the_scales_that_bn_scale_prunes_by(tmp_path):
     assert scale(slim) < scale(plain) - 0.05  # 16 steps of 0.05 × 0.1
     result = prune_gradually(slim, GradualConfig(ratio=0.3, steps=1, criterion="bn_scale"), TUNE, X)
     assert count_parameters(result.model) <= 0.7 * count_parameters(slim)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_steps_on_a_gpu_start_from_a_model_in_main_memory(tmp_path):
+    result = prune_gradually(_model(), GradualConfig(ratio=0.4, steps=2), TUNE.override({"device": "cuda"}), X, folder=tmp_path)
+    assert 0.4 <= 1 - count_parameters(result.model) / count_parameters(_model()) <= 0.41

@@ -29,8 +29,6 @@ _BACK = 8
 """Units given back, at most, for single groups' steps in their place where one unit is more than that."""
 _NEAR = 0.03
 """Of the wanted latency: a candidate this near ends the search; what is left covers the noise of measuring again."""
-
-
 _LANDS = 0.1
 """Of the wanted latency: farther from it, the search has failed or a remark says so."""
 
@@ -56,8 +54,8 @@ class Plan:
         _refuse(model)
         self.model, self.config = model, config
         self.source = copy.deepcopy(model).eval().requires_grad_(True)  # coupling is traced through autograd
-        self.original = self.source if original is None else copy.deepcopy(original).eval()
         self.x = one_sample(self.source, example)
+        self.original = self.source if original is None else copy.deepcopy(original).to(self.x.device).eval()
         self.round_to, self.remarks = _rounding(config, self.x.device)
         ignored = _matching(self.source, config.ignored)
         self.heads = config.attention == "heads"
