@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from workbench.comparison.forms import Form, _Plain, tensor_bytes
+from workbench.allocator import tensor_bytes
+from workbench.comparison.forms import Form, _Plain
 from workbench.comparison.memory import peak_bytes
 from workbench.compress import QuantConfig, compiled, quantize
 from workbench.compress.compilation import has_compiler

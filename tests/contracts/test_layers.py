@@ -18,15 +18,16 @@ events storage
 launcher
 journal
 run
-distributed
+distributed allocator
 data
 models
 artefact
-losses regularizers optim_config optim memory
+losses regularizers optim_config optim
 probes
 diagnosis
 attribution_config attribution
 training
+memory
 compress
 deploy
 comparison

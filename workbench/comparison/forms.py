@@ -228,24 +228,6 @@ def count_all_macs(loaded: Mapping[str, Variant], x: Tensor) -> None:
         variant.macs = counted if sees_all and counted else None
 
 
-def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of the storages behind a model's parameters and buffers, each once."""
-    storages: dict[int, int] = {}
-
-    def add(tensor: Tensor) -> None:
-        if hasattr(tensor, "__tensor_flatten__"):
-            for part in tensor.__tensor_flatten__()[0]:
-                add(getattr(tensor, part))
-        else:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-
-    for tensor in model.state_dict().values():
-        if isinstance(tensor, Tensor):
-            add(tensor.data)
-    return sum(storages.values())
-
-
 class _Plain:
     """A model as a function of one input, without gradients."""
 

@@ -1,0 +1,117 @@
+"""What PyTorch's own allocators hold: while a call runs, and of a model.
+
+The resident set of a process says little on a CPU: imports and compiling leave hundreds of megabytes behind. The allocator knows
+every tensor, so one definition holds on CPU and GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Held(NamedTuple):
+    """Bytes that a call allocated: ``kept`` after it, ``most`` at once during it."""
+
+    kept: int
+    most: int
+
+
+def held_by(call: Callable[[], Any], device: torch.device) -> Held:
+    """What ``call`` allocates on ``device``, over what was there before."""
+    return _on_cuda(call) if device.type == "cuda" else _on_cpu(call)
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of the storages behind a model's parameters and buffers, each once."""
+    storages: dict[int, int] = {}
+
+    def add(tensor: Tensor) -> None:
+        if hasattr(tensor, "__tensor_flatten__"):
+            for part in tensor.__tensor_flatten__()[0]:
+                add(getattr(tensor, part))
+        else:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+
+    for tensor in model.state_dict().values():
+        if isinstance(tensor, Tensor):
+            add(tensor.data)
+    return sum(storages.values())
+
+
+def room(device: torch.device) -> int:
+    """Bytes that this process may still allocate on ``device``, what its allocator has cached included."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        used = torch.cuda.memory_allocated(device)
+        share = int(total * torch.cuda.get_per_process_memory_fraction(device))
+        return min(free + torch.cuda.memory_reserved(device), share) - used
+    import psutil
+
+    found = [psutil.virtual_memory().available]
+    process = psutil.Process()
+    with suppress(ImportError):  # not on Windows
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            found.append(limit - process.memory_info().vms)
+    with suppress(OSError, ValueError):  # a container's limit; the word "max" where there is none
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        found.append(limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return max(0, min(found))
+
+
+def _on_cpu(call: Callable[[], Any]) -> Held:
+    from torch._C._profiler import _EventType
+    from torch.profiler import ProfilerActivity, profile
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes of its starts and stops to the terminal
+    with _errors_only(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+        gc.collect()  # what compiling left in circles isn't kept
+    changes: list[tuple[int, int]] = []
+    waiting = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(event.children)
+        if event.tag == _EventType.Allocation:
+            changes.append((event.start_time_ns, event.extra_fields.alloc_size))
+    held = most = 0
+    for _, change in sorted(changes, key=lambda entry: entry[0]):
+        held += change
+        most = max(most, held)
+    return Held(held, most)
+
+
+def _on_cuda(call: Callable[[], Any]) -> Held:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return Held(torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before)
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Keep to itself what PyTorch's C++ side warns of: that blocks from before the profile are freed in it."""
+    try:
+        level = ctypes.c_int.in_dll(ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so")), "FLAGS_caffe2_log_level")
+    except (OSError, ValueError):  # another platform names it otherwise
+        yield
+        return
+    before, level.value = level.value, 2
+    try:
+        yield
+    finally:
+        level.value = before
