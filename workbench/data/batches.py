@@ -1,13 +1,16 @@
 """Batches for a rank: which samples at which step, from device memory or through a loader.
 
 The order of samples and every random draw follow from (seed, epoch, step) alone. So a run resumes in the middle of an epoch
-exactly, and the global batch of a step is the same on any number of ranks, micro-steps or loader processes.
+exactly, and the global batch of a step is the same on any number of ranks, micro-steps or loader processes, however unequally
+the ranks share it (:meth:`Batches.share_out`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +28,7 @@ from workbench.errors import ConfigError, DataError, WorkbenchError
 
 Batch = tuple[Any, Tensor]
 MIXES = {"mixup": mixup, "cutmix": cutmix}
+_PREFETCH = 4  # micro-batches that each loader process reads ahead
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Shard:
     rank: int = 0
     world: int = 1
     micro: int = 1
+    sizes: tuple[int, ...] = ()
+    """Samples of each rank in a global batch, multiples of ``micro``; by default equal."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Batches:
         self.splits, self.config, self.shard, self.target, self.seed = splits, config, shard, target, seed
         self.samples = len(splits.train)  # type: ignore[arg-type]
         parts = shard.world * shard.micro
-        if config.batch_size % parts:
+        if config.batch_size % parts and not shard.sizes:
             raise ConfigError(
                 f"data.batch_size={config.batch_size} does not divide into {shard.world} rank(s) × accumulate={shard.micro}.",
                 f"Take a multiple of {parts}, e.g. {max(1, round(config.batch_size / parts)) * parts}.",
@@ -79,7 +85,6 @@ class Batches:
                 f"data.batch_size={config.batch_size} is larger than the {self.samples} training samples.",
                 f"Take at most {self.samples}.",
             )
-        self.micro_size = config.batch_size // parts
         self.steps_per_epoch = self.samples // config.batch_size
         names = splits.augment if config.augment is None else config.augment
         self._augmentations = [AUGMENTATIONS.factory(name) for name in names]
@@ -87,7 +92,11 @@ class Batches:
         if self._mix is not None:
             _check_mixable(splits, config)
         self._classes = splits.num_classes
-        self._places = [self._place(micro) for micro in range(shard.micro)]
+        self.waited = 0.0
+        """Seconds that this process has waited for samples."""
+        self._shares: list[tuple[int, tuple[int, ...]]] = []
+        self._places: dict[tuple[int, ...], list[slice | Tensor]] = {}
+        self.share_out(shard.sizes or (config.batch_size // shard.world,) * shard.world, 0)
         self._generator = torch.Generator(device=target.device)
         self._scale, self._bias = _affine(splits, target)
         self._source: tuple[Tensor, Tensor] | None = None
@@ -121,18 +130,55 @@ class Batches:
         """int64 [N] on the CPU: the epoch's permutation of the samples."""
         return torch.randperm(self.samples, generator=torch.Generator().manual_seed(derive_seed(self.seed, epoch)))
 
-    def part(self, micro: int) -> slice:
-        """Place of this rank's micro-batch in the global batch."""
-        start = (self.shard.rank * self.shard.micro + micro) * self.micro_size
-        return slice(start, start + self.micro_size)
+    # -- shares -------------------------------------------------------------------------------------------------------
 
-    def _place(self, micro: int) -> slice | Tensor:
+    def share_out(self, sizes: tuple[int, ...], step: int) -> None:
+        """From optimizer step ``step`` of the run on, counted from 0, each rank takes so many samples of a global batch.
+
+        Every rank is told the same, at least :attr:`ahead` steps before.
+
+        Args:
+            sizes: one a rank, multiples of the number of micro-steps; their sum is the global batch.
+        """
+        whole, grain = sum(sizes) == self.config.batch_size, all(size > 0 and size % self.shard.micro == 0 for size in sizes)
+        if len(sizes) != self.shard.world or not whole or not grain:
+            raise ConfigError(
+                f"Shares of {sizes} samples do not make {self.shard.world} rank(s) of a batch of {self.config.batch_size}.",
+                f"Give each rank a multiple of accumulate={self.shard.micro}, that many in all.",
+            )
+        self._shares = [(since, known) for since, known in self._shares if since < step] + [(step, sizes)]
+        if sizes not in self._places:
+            self._places[sizes] = [self._place(_micro_part(sizes, self.shard, micro)) for micro in range(self.shard.micro)]
+
+    def sizes(self, step: int) -> tuple[int, ...]:
+        """Samples of each rank in the global batch of optimizer step ``step`` of the run, counted from 0."""
+        return next(sizes for since, sizes in reversed(self._shares) if since <= step)
+
+    def parts(self, step: int) -> float:
+        """Into how many micro-batches of this rank's size one rank's equal share of the global batch divides at ``step``.
+
+        The number of micro-steps, where shares are equal. A micro-batch's mean loss divided by this, summed over micro-steps and
+        averaged over ranks, is the mean over the global batch.
+        """
+        return self.config.batch_size * self.shard.micro / (self.sizes(step)[self.shard.rank] * self.shard.world)
+
+    def part(self, step: int, micro: int) -> slice:
+        """Place of this rank's micro-batch in the global batch."""
+        return _micro_part(self.sizes(step), self.shard, micro)
+
+    @property
+    def ahead(self) -> int:
+        """Between two steps: of how many coming ones the samples may have been chosen already."""
+        return 0 if self.in_memory else math.ceil((_PREFETCH * self.config.workers + 1) / self.shard.micro)
+
+    def _place(self, part: slice) -> slice | Tensor:
         """Positions in the global batch that a micro-step reads: its own, and then its samples' partners where these differ."""
-        part = self.part(micro)
-        if self._mix is None or self.micro_size == self.config.batch_size:
+        if self._mix is None or part.stop - part.start == self.config.batch_size:
             return part
         own = torch.arange(part.start, part.stop)
         return torch.cat([own, self.config.batch_size - 1 - own]).to(self.target.device)
+
+    # -- training -----------------------------------------------------------------------------------------------------
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Iterable[Batch]]:
         """The epoch's steps from ``start``; each is this rank's micro-batches, on the device.
@@ -142,7 +188,14 @@ class Batches:
         """
         read = self._from_memory(epoch, start) if self.in_memory else self._from_loader(epoch, start)
         for step in range(start, self.steps_per_epoch):
-            yield (self._finish(*next(read), epoch, step, micro) for micro in range(self.shard.micro))
+            yield self._micro_batches(read, epoch, step)
+
+    def _micro_batches(self, read: Iterator[Batch], epoch: int, step: int) -> Iterator[Batch]:
+        for micro in range(self.shard.micro):
+            began = time.perf_counter()
+            x, y = next(read)
+            self.waited += time.perf_counter() - began
+            yield self._finish(x, y, epoch, step, micro)
 
     def _from_memory(self, epoch: int, start: int) -> Iterator[Batch]:
         if self._source is None:
@@ -154,8 +207,8 @@ class Batches:
             order = order.pin_memory().to(self.target.device, non_blocking=True)
         for step in range(start, self.steps_per_epoch):
             batch = order[step * self.config.batch_size : (step + 1) * self.config.batch_size]
-            for micro in range(self.shard.micro):
-                index = batch[self._places[micro]]
+            for place in self._places[self.sizes(epoch * self.steps_per_epoch + step)]:
+                index = batch[place]
                 yield x.index_select(0, index), y.index_select(0, index)
 
     def _from_loader(self, epoch: int, start: int) -> Iterator[Batch]:
@@ -167,7 +220,7 @@ class Batches:
                 batch_sampler=self._plan,
                 num_workers=workers,
                 persistent_workers=workers > 0,
-                prefetch_factor=4 if workers else None,
+                prefetch_factor=_PREFETCH if workers else None,
                 pin_memory=self.target.device.type == "cuda",
                 collate_fn=_collate,
                 generator=torch.Generator(),  # else each pass over the loader draws from the generator that dropout draws from
@@ -180,16 +233,18 @@ class Batches:
         if not images and self._mix is None:
             return x, y
         self._generator.manual_seed(derive_seed(self.seed, epoch, step))
+        at = epoch * self.steps_per_epoch + step
         if images:
-            draw = Draw(self._generator, self.config.batch_size, self._places[micro])
+            draw = Draw(self._generator, self.config.batch_size, self._places[self.sizes(at)][micro])
             for augmentation in self._augmentations:
                 x = augmentation(x, draw)
             x = self._normalize(x)
         if self._mix is None:
             return x, y
-        size = self.micro_size
-        other, other_y = (part.flip(0) if len(part) == size else part[size:] for part in (x, y))
-        draw = Draw(self._generator, self.config.batch_size, self.part(micro))
+        part = self.part(at, micro)
+        size = part.stop - part.start
+        other, other_y = (whole.flip(0) if len(whole) == size else whole[size:] for whole in (x, y))
+        draw = Draw(self._generator, self.config.batch_size, part)
         mixed, share = self._mix(x[:size], other, draw, self.config.mix_alpha)
         return mixed, mix_targets(y[:size], other_y, share, self._classes)
 
@@ -204,7 +259,7 @@ class Batches:
         Batches held in memory have one fixed shape: the last is filled up, so that compiled models see no other.
         """
         size, split = self.config.eval_batch_size, self.splits.eval
-        mine = range(self.shard.rank, len(split), self.shard.world)  # type: ignore[arg-type]
+        mine = self._own(len(split))  # type: ignore[arg-type]
         if isinstance(split, Arrays):
             size = min(size, len(mine)) or 1
             if self._held_out is None:
@@ -229,6 +284,20 @@ class Batches:
                 yield (self._normalize(x) if _are_images(x) else x), y, len(y)
         finally:
             _end(read)
+
+    def _own(self, count: int) -> range:
+        """Which of so many evaluation samples are this rank's: its share of them."""
+        rank, sizes = self.shard.rank, self._shares[-1][1]
+        if len(set(sizes)) == 1:
+            return range(rank, count, self.shard.world)
+        begin, end = sum(sizes[:rank]), sum(sizes[: rank + 1])
+        return range(count * begin // self.config.batch_size, count * end // self.config.batch_size)
+
+
+def _micro_part(sizes: tuple[int, ...], shard: Shard, micro: int) -> slice:
+    size = sizes[shard.rank] // shard.micro
+    start = sum(sizes[: shard.rank]) + micro * size
+    return slice(start, start + size)
 
 
 def _are_images(x: Any) -> bool:
@@ -263,12 +332,12 @@ class _Plan:
         return (self.batches.steps_per_epoch - self.start) * self.batches.shard.micro
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order, size = self.epoch, self.batches.order(self.epoch), self.batches.config.batch_size
-        places = [place.cpu() if isinstance(place, Tensor) else place for place in self.batches._places]
-        for step in range(self.start, self.batches.steps_per_epoch):
+        batches, epoch, size = self.batches, self.epoch, self.batches.config.batch_size
+        order = batches.order(epoch)
+        for step in range(self.start, batches.steps_per_epoch):
             batch = order[step * size : (step + 1) * size]
-            for place in places:
-                yield [(epoch, index) for index in batch[place].tolist()]
+            for place in batches._places[batches.sizes(epoch * batches.steps_per_epoch + step)]:
+                yield [(epoch, index) for index in batch[place.cpu() if isinstance(place, Tensor) else place].tolist()]
 
 
 class _Seeded(Dataset[Any]):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from workbench.probes.config import ProbeConfig
@@ -23,6 +24,52 @@ EDGES: tuple[float, ...] = (-float("inf"), *(-m for m in reversed(_MAGNITUDES)),
 bins are closed below. Fixed for all layers, steps and ranks, so that counts merge by addition."""
 
 
+Moment = float | torch.cuda.Event
+"""Seconds of the wall clock, or an event that the device has yet to reach."""
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """When what happened in a step on this rank.
+
+    Attributes:
+        began: the gradients of the step before had come from all ranks.
+        ready: this rank's own gradients were computed.
+        gathered: those of all ranks had come.
+        waited: seconds that the host waited for samples.
+        payload: bytes of gradients that the rank gave to its peers.
+    """
+
+    began: Moment
+    ready: Moment
+    gathered: Moment
+    waited: float = 0.0
+    payload: int = 0
+
+    def arrived(self) -> bool:
+        """Whether the device has reached the last of these moments."""
+        return self.gathered.query() if isinstance(self.gathered, torch.cuda.Event) else True
+
+    @property
+    def busy(self) -> float:
+        """Seconds of the rank's own work, the wait for samples included; to be asked for once it has arrived."""
+        return seconds_between(self.began, self.ready)
+
+    @property
+    def exposed(self) -> float:
+        """Seconds that it then waited for peers and for what was on the wire."""
+        return seconds_between(self.ready, self.gathered)
+
+
+def seconds_between(start: Moment, end: Moment) -> float:
+    """Seconds from one moment to another of its kind."""
+    if isinstance(start, torch.cuda.Event):
+        assert isinstance(end, torch.cuda.Event)
+        return start.elapsed_time(end) / 1000
+    assert not isinstance(end, torch.cuda.Event)
+    return end - start
+
+
 @dataclass(frozen=True)
 class StepContext:
     """What a probe may need of the step it reads.
@@ -30,10 +77,12 @@ class StepContext:
     Attributes:
         step: optimizer steps completed once this one is.
         scale: factor by which gradients are too large (loss scaling), a scalar tensor, or None.
+        timing: when what happened, on steps that a probe with :attr:`Probe.timed` reads; None where steps can't be timed.
     """
 
     step: int
     scale: Tensor | None = None
+    timing: StepTiming | None = None
 
 
 class Probe:
@@ -44,6 +93,8 @@ class Probe:
     """
 
     kind: str = ""
+    timed = False
+    """Whether it wants to know when what happened in the steps it reads."""
 
     def __init__(self, config: ProbeConfig) -> None:
         self.config = config

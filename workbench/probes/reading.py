@@ -44,6 +44,11 @@ class ProbeSet:
         for probe in self._due:
             probe.arm()
 
+    @property
+    def timed(self) -> bool:
+        """Whether the present step is to be timed."""
+        return any(probe.timed for probe in self._due)
+
     def read(self, context: StepContext) -> None:
         """After the backward pass: start the readings of this step on their way to the host."""
         for probe in self._due:

@@ -16,6 +16,7 @@ from workbench.models.config import ModelConfig
 from workbench.optim_config import ClipConfig, OptimConfig, ScheduleConfig
 from workbench.probes.config import ProbesConfig
 from workbench.regularizers import PENALTIES
+from workbench.training.balance_config import BalanceConfig
 from workbench.training.distillation_config import DistillConfig
 
 
@@ -115,6 +116,9 @@ class TrainConfig(Config):
     accumulate: int = Field(1, ge=1, description="Micro-steps per optimizer step: each takes its share of data.batch_size.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto: CUDA if there is any.")
     mesh: MeshConfig = Field(MeshConfig(), description="How ranks share the work.", json_schema_extra=hint(advanced=True))
+    balance: BalanceConfig = Field(
+        BalanceConfig(), description="How ranks of unequal speed share a batch.", json_schema_extra=hint(advanced=True)
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="Of weights, order, augmentation and dropout.")
     deterministic: bool = Field(
         False,

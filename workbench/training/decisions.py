@@ -25,6 +25,10 @@ class Decisions:
         """``value``, or what was decided before under this name."""
         return self.made.setdefault(name, {"value": value, "reason": reason})["value"]
 
+    def revise(self, name: str, value: Any, reason: str) -> None:
+        """What was decided no longer holds: ``value`` from now on."""
+        self.made[name] = {"value": value, "reason": reason}
+
     def write(self, folder: Path) -> None:
         write_atomic(folder / "resolved.yaml", yaml.safe_dump(self.made, sort_keys=False))
 
@@ -78,7 +82,7 @@ def decide_compile(
         return config.compile
     if device.type == "cuda" and total_steps >= 1000 and not captured:
         return str(
-            decisions.decide("compile", "default", f"{total_steps} steps on a GPU pay for compiling; shards can't be captured")
+            decisions.decide("compile", "default", f"{total_steps} steps on a GPU pay for compiling; these can't be captured")
         )
     if device.type == "cuda" and total_steps >= 1000:
         reason = f"{total_steps} steps on a GPU pay for a minute of compilation; captured graphs free the host"

@@ -28,6 +28,7 @@ from workbench.probes import PROBES, Probe, ProbeSet
 from workbench.registry import find_source
 from workbench.run import Run
 from workbench.training import decisions, environment, repro, sources
+from workbench.training.balance import SETTING, Balance, first_shares
 from workbench.training.checkpoint import random_state, set_random_state
 from workbench.training.config import TrainConfig
 from workbench.training.control import Command, Control
@@ -109,7 +110,8 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     torch.manual_seed(derive_seed(config.seed))
     model = build_model(fit_to_data(config, splits), root=run.path)
     images = len(splits.sample_shape) == 3
-    sharded = config.mesh.arranged(world.size)["shard"] > 1
+    arranged = config.mesh.arranged(world.size)
+    sharded = arranged["shard"] > 1
     if sharded and precision.name == "fp16":
         raise ConfigError(
             "precision='fp16' scales the loss, and ranks that hold shards do not agree on when it overflowed.",
@@ -119,7 +121,8 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     model.to(world.device)
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    shard = Shard(world.rank, world.size, config.accumulate)
+    shares = first_shares(config, arranged, world, config.compile, decided)
+    shard = Shard(world.rank, world.size, config.accumulate, shares)
     target = Target(world.device, precision.dtype, channels_last)
     placement = decisions.decide_placement(config, splits, world.device, decided)
     batches = Batches(splits, config.data.override({"placement": placement}), shard, target, config.seed)
@@ -132,11 +135,20 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
         probes[name] = (PROBES.create(find_source(name, run.path), wanted), every)
     probe_set = ProbeSet(probes, recorder.reading)
     probe_set.attach(model)
-    compile_mode = decisions.decide_compile(config, world.device, total_steps, decided, captured=not sharded)
+    captured = not sharded and config.balance.shares != "speed"
+    compile_mode = decisions.decide_compile(config, world.device, total_steps, decided, captured=captured)
     objective = Objective(
         model, make_loss(config.loss), config.penalties, _distillation(config, model, batches, precision, run.path)
     )
-    trainer = Trainer(config, objective, batches, precision, compile_mode, probe_set, recorder, control, world)
+
+    def reshared(sizes: tuple[int, ...], finding: events.Finding) -> None:
+        decided.revise(SETTING, list(sizes), finding.message)
+        if world.main:
+            decided.write(run.path)
+            recorder.emit(finding)
+
+    balance = Balance(config.balance, batches, world, reshared)
+    trainer = Trainer(config, objective, batches, precision, compile_mode, probe_set, recorder, control, world, balance)
 
     torch.manual_seed(derive_seed(config.seed, world.rank))
     if run.checkpoints:
@@ -154,6 +166,10 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
                 parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             )
         )
+        before = launcher.Attempt.latest(run.path, before=recorder.attempt)
+        if before is not None and before.failure:
+            words = f"{before.failure} The run went on from step {trainer.step}, on {world.size} rank(s)."
+            recorder.emit(events.Finding(step=trainer.step, name="restarted", severity="warning", message=words))
     barrier(world)
     return trainer
 

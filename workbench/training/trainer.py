@@ -24,6 +24,8 @@ from workbench.optim import AdaptiveGradientClipper, Schedule, make_optimizer
 from workbench.probes import ProbeSet, StepContext
 from workbench.training import checkpoint
 from workbench.training.average import WeightAverage
+from workbench.training.balance import Balance
+from workbench.training.clock import StepClock
 from workbench.training.config import TrainConfig
 from workbench.training.control import Command, Control
 from workbench.training.meter import Meter, Window
@@ -41,6 +43,7 @@ class Trainer:
         objective: model and loss on the device, probes attached, not yet wrapped.
         batches: this rank's.
         precision, compile_mode: as decided.
+        balance: of the ranks' shares.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Trainer:
         recorder: Recorder,
         control: Control,
         world: World,
+        balance: Balance,
     ) -> None:
         self.parallel = parallelize(
             objective, config.mesh.arranged(world.size), world, compile_mode, deterministic=config.deterministic
@@ -70,6 +74,7 @@ class Trainer:
         self.total_steps = min(planned, config.max_steps or planned)
         self.schedule = Schedule(config.schedule, config.optim.lr, self.total_steps)
         self.meter = Meter(config.log_every, world, self._report)
+        self.clock, self.balance = StepClock(world.device, batches), balance
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.stopped = False
@@ -85,7 +90,7 @@ class Trainer:
     def fit(self) -> None:
         """Train from the present step to the last, or until stopped."""
         self.model.train()
-        self.meter.start()
+        self._go_on()
         while self.step < self.total_steps and not self.stopped:
             for micro_batches in self.batches.epoch(self.epoch, start=self.step % self.batches.steps_per_epoch):
                 self.train_step(micro_batches)
@@ -93,6 +98,7 @@ class Trainer:
                 if self.stopped or self.step == self.total_steps:
                     break
         self.control.drain()
+        self.balance.drain()
         self.meter.flush()
         self.probes.collect(wait=True)
 
@@ -103,13 +109,17 @@ class Trainer:
         if self._captured:
             torch.compiler.cudagraph_mark_step_begin()
         total = torch.zeros((), device=self.world.device)
+        watched, parts = self.balance.watching or self.probes.timed, self.batches.parts(self.step)
         for index, (x, y) in enumerate(micro_batches, start=1):
-            with self.parallel.micro_step(last=index == self.config.accumulate):
+            last = index == self.config.accumulate
+            with self.parallel.micro_step(last):
                 with self.precision.autocast():
-                    loss = self.parallel.forward(x, y) / self.config.accumulate
-                self.precision.backward(loss)
+                    loss = self.parallel.forward(x, y) / parts
+                self.precision.backward(self.clock.watch(loss) if watched and last else loss)
             total += loss.detach()
-        self.probes.read(StepContext(self.step + 1, self.precision.scale))
+        timing = self.clock.gathered()
+        self.balance.take(self.step, timing)
+        self.probes.read(StepContext(self.step + 1, self.precision.scale, timing))
         with self.clipper or nullcontext():
             self.precision.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
@@ -120,6 +130,7 @@ class Trainer:
     def boundary(self) -> None:
         """Between two steps: what is due by step, by epoch, or on command."""
         self.recorder.progressed(self.step)
+        self.balance.after(self.step)
         commands = self.control.due(self.step)
         for command in commands:
             self.apply(command)
@@ -166,7 +177,7 @@ class Trainer:
             for command in self.control.wait():
                 if command.name == "resume":
                     self._emit(events.Resumed(step=self.step))
-                    self.meter.start()
+                    self._go_on()
                     return
                 if command.name != "pause":
                     self.apply(command)
@@ -185,7 +196,7 @@ class Trainer:
             self.metrics = self._measure()
         self.model.train()
         self._emit(events.Evaluated(step=self.step, epoch=self.epoch, metrics=self.metrics))
-        self.meter.start()
+        self._go_on()
         return self.metrics
 
     @torch.no_grad()
@@ -216,7 +227,7 @@ class Trainer:
         checkpoint.save(path.parent, self.step, state, facts, self.world, self.config.checkpoint.keep)
         self._saved = self.step
         self._emit(events.CheckpointSaved(step=self.step, path=f"checkpoints/step-{self.step}"))
-        self.meter.start()
+        self._go_on()
         return path
 
     def restore(self, path: Path) -> None:
@@ -246,6 +257,11 @@ class Trainer:
         return extra
 
     # -- small parts ----------------------------------------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        """Time counts again, after something that was no step."""
+        self.meter.start()
+        self.clock.start()
 
     def _share_buffers(self) -> None:
         """Rank 0's buffers to all, as the next forward pass would do: else a checkpoint mixes the ranks' batch statistics."""
