@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from workbench.probes.base import EDGES, Probe, StepContext
+from workbench.probes.base import EDGES, Probe, StepContext, computing_again
 from workbench.probes.config import ProbeConfig
 from workbench.probes.kernels import merged, new_partials, record, reset
 
@@ -64,7 +64,7 @@ class ActivationProbe(Probe):
     def _hook(self, row: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             # A plain attribute: the compiler guards on its value and keeps one graph with readings, one without.
-            if self.active:
+            if self.active and not computing_again():
                 value = output if isinstance(output, Tensor) else _first_tensor(output)
                 if value is not None and value.numel() and value.is_floating_point():
                     record(value.detach(), self._partials, self._samples, row, sample_stride(value))

@@ -121,5 +121,11 @@ class Probe:
         raise NotImplementedError(f"{type(self).__name__} must say how its readings are tabled.")
 
 
+def computing_again() -> bool:
+    """Whether a layer computes within a backward pass, again, because its activations were not kept: hooks on it have run."""
+    # A compiled graph is traced once, and holds what a hook does once.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def host_array(value: Tensor) -> npt.NDArray[Any]:
     return np.asarray(value.detach().cpu() if value.device.type != "cpu" else value.detach())

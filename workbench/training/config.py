@@ -18,6 +18,7 @@ from workbench.probes.config import ProbesConfig
 from workbench.regularizers import PENALTIES
 from workbench.training.balance_config import BalanceConfig
 from workbench.training.distillation_config import DistillConfig
+from workbench.training.memory_config import MemoryConfig
 
 
 class CheckpointConfig(Config):
@@ -118,6 +119,9 @@ class TrainConfig(Config):
     mesh: MeshConfig = Field(MeshConfig(), description="How ranks share the work.", json_schema_extra=hint(advanced=True))
     balance: BalanceConfig = Field(
         BalanceConfig(), description="How ranks of unequal speed share a batch.", json_schema_extra=hint(advanced=True)
+    )
+    memory: MemoryConfig = Field(
+        MemoryConfig(), description="How a step's memory is kept down.", json_schema_extra=hint(advanced=True)
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Of weights, order, augmentation and dropout.")
     deterministic: bool = Field(

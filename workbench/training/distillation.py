@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench.errors import ConfigError, ModelError, nearest
+from workbench.probes.base import computing_again
 from workbench.training.distillation_config import DISTILLATIONS, DistillConfig
 
 
@@ -213,7 +214,7 @@ def _keeper(store: dict[str, Tensor], name: str, training: bool) -> Callable[...
     """A forward hook that keeps a layer's output while its module is in that mode."""
 
     def keep(module: nn.Module, arguments: Any, output: Any) -> None:
-        if module.training == training:
+        if module.training == training and not computing_again():
             store[name] = _tensor(output)
 
     return keep

@@ -28,6 +28,7 @@ from workbench.training.balance import Balance
 from workbench.training.clock import StepClock
 from workbench.training.config import TrainConfig
 from workbench.training.control import Command, Control
+from workbench.training.economy import Economy
 from workbench.training.meter import Meter, Window
 from workbench.training.objective import Objective
 from workbench.training.parallel import parallelize
@@ -66,6 +67,7 @@ class Trainer:
         self.probes, self.recorder, self.control, self.world = probes, recorder, control, world
         self.model, self.trained = objective.model, objective.trained
         self.optimizer = make_optimizer(self.trained, config.optim)
+        self.economy = Economy(config.memory, self.model, self.optimizer)
         self.clipper = None if config.clip.mode == "off" else AdaptiveGradientClipper(config.clip.max_norm, config.clip.mode)
         self.average = WeightAverage(self.model, config.ema)
         # Telling the compiler of a new step imports all of it, seconds that other runs need not spend.
@@ -113,7 +115,7 @@ class Trainer:
         for index, (x, y) in enumerate(micro_batches, start=1):
             last = index == self.config.accumulate
             with self.parallel.micro_step(last):
-                with self.precision.autocast():
+                with self.economy.forward(), self.precision.autocast():
                     loss = self.parallel.forward(x, y) / parts
                 self.precision.backward(self.clock.watch(loss) if watched and last else loss)
             total += loss.detach()
