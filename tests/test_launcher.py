@@ -105,11 +105,21 @@ def test_a_process_is_ended_with_its_descendants_even_if_they_refuse() -> None:
     child.stdout.close()
 
 
-def test_the_command_line_is_torchruns_for_several_processes(run: Run) -> None:
-    assert launcher.command_line(run.path, 1) == [sys.executable, "-m", "workbench.worker", str(run.path)]
-    several = launcher.command_line(run.path, 4, attempt=2)
-    assert several[1:3] == ["-m", "torch.distributed.run"] and "--nproc-per-node=4" in several
-    assert several[-2:] == ["--attempt", "2"]
+def test_several_processes_or_one_that_may_start_again_have_a_supervisor(run: Run) -> None:
+    assert launcher.command_line(run.path, 1, 2) == launcher.worker_command(run.path, 2)
+    for options in ({"nproc": 4}, {"nproc": 1, "restarts": 3}):
+        command = launcher.command_line(run.path, attempt=2, **options)
+        assert command[1:3] == ["-m", "workbench.supervisor"] and f"--nproc={options['nproc']}" in command
+
+
+def test_a_supervised_attempt_is_its_supervisors_until_that_has_said_how_it_ended(run: Run) -> None:
+    number = launcher.claim(run.path, 2, supervised=True)
+    launcher.release(run.path, number)  # rank 0 says that it is done
+    assert launcher.at_work(run.path) == launcher.Process.current()
+    assert run.status == "starting"
+    launcher.release(run.path, number, "Rank 1 was killed.")
+    assert run.status == "failed" and run.error == "Rank 1 was killed."
+    assert launcher.claim(run.path, 2, supervised=True) == 2  # its own
 
 
 def test_the_tail_of_a_log(run: Run) -> None:

@@ -80,8 +80,19 @@ def init_distributed(backend: str | None = None, *, device: str = "auto", timeou
             backend or ("nccl" if chosen.type == "cuda" else "gloo"),
             timeout=timedelta(seconds=timeout),
             device_id=chosen if chosen.type == "cuda" else None,
+            **_meeting(rank, size),
         )
     return World(rank, size, local_rank, chosen)
+
+
+def _meeting(rank: int, size: int) -> dict[str, Any]:
+    """Where ranks meet: at the socket that their supervisor opened for rank 0, else as torchrun's environment says."""
+    if "WORKBENCH_SUPERVISOR" not in os.environ:
+        return {}
+    listener = int(os.environ["WORKBENCH_LISTENER"]) if rank == 0 else None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, size, is_master=rank == 0, master_listen_fd=listener)
+    return {"store": store, "rank": rank, "world_size": size}
 
 
 @contextmanager

@@ -97,15 +97,25 @@ class Attempt:
     """How its ranks share the work, where that isn't as the config says."""
     ended: float | None = None
     """When its trainer was done with the folder, however it ended; None while it is not, or if it was killed."""
+    supervised: bool = False
+    """Whether ``process`` is not a rank but the parent of all (:mod:`workbench.supervisor`), which says how they end."""
+    failure: str = ""
+    """Why its ranks ended, in their supervisor's words; empty while it has nothing to say."""
 
     @classmethod
-    def latest(cls, folder: Path) -> Self | None:
-        """The last attempt claimed, None before the first."""
+    def latest(cls, folder: Path, *, before: int | None = None) -> Self | None:
+        """The last attempt claimed, of those ``before`` a number; None before the first."""
         for path in sorted((folder / "attempts").glob("*.json"), reverse=True):
+            if before is not None and int(path.stem) >= before:
+                continue
             values = _read_json(path)
             if values:
                 return cls(**{**values, "process": Process(**values["process"])})
         return None
+
+    def deciding(self) -> bool:
+        """Whether a supervisor lives that has yet to say how its ranks ended, or to start them again."""
+        return self.supervised and not self.failure and bool(self.process.alive())
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -115,32 +125,46 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def claim(folder: Path, nproc: int) -> int:
+def claim(folder: Path, nproc: int, *, parent: Process | None = None, supervised: bool = False) -> int:
     """Number of a new attempt, which is this process's alone until :func:`record` names the worker.
+
+    Args:
+        parent: the process that starts the run's ranks, this one among them, and carries the run in its place.
+        supervised: this process is the supervisor of the run's ranks.
 
     Raises:
         RunError: another process is at it.
     """
     with _locked(folder / "attempts"):
-        return _claim(folder, nproc)
+        return _claim(folder, nproc, parent=parent, supervised=supervised)
 
 
-def _claim(folder: Path, nproc: int, mesh: dict[str, Any] | None = None) -> int:
+def _claim(
+    folder: Path,
+    nproc: int,
+    mesh: dict[str, Any] | None = None,
+    *,
+    parent: Process | None = None,
+    supervised: bool = False,
+) -> int:
     carrier = at_work(folder)
-    if carrier is not None and carrier != Process.current():
+    if carrier is not None and carrier not in (Process.current(), parent):
         raise RunError(
             f"The process {carrier.pid} is at the run {folder.name}.", "Open it with Run.open to follow it, or stop it first."
         )
     taken = [int(path.stem) for path in (folder / "attempts").glob("*.json")]
     number = max(taken, default=0) + 1
     latest = Attempt.latest(folder)
-    record(folder, number, nproc, Process.current(), mesh or (latest.mesh if latest else None))
+    mesh = mesh or (latest.mesh if latest else None)
+    record(folder, number, nproc, parent or Process.current(), mesh, supervised=supervised)
     return number
 
 
 def at_work(folder: Path) -> Process | None:
     """The process on this host that carries the run at present, None when there is none."""
     latest = Attempt.latest(folder)
+    if latest is not None and latest.supervised and latest.process.alive():
+        return latest.process
     if latest is None or latest.ended is not None:
         return None
     heartbeat = Heartbeat.read(folder)
@@ -148,11 +172,16 @@ def at_work(folder: Path) -> Process | None:
     return carrier if carrier.alive() else None
 
 
-def release(folder: Path, number: int) -> None:
-    """Note that the trainer of attempt ``number`` is done with the folder, though its process (a notebook's) may live on."""
-    attempt = Attempt.latest(folder)
+def release(folder: Path, number: int, failure: str = "") -> None:
+    """Note that the trainer of attempt ``number`` is done with the folder, though its process (a notebook's) may live on.
+
+    Args:
+        failure: why it ended, where its supervisor knows.
+    """
+    attempt = Attempt.latest(folder, before=number + 1)
     if attempt is not None and attempt.number == number:
-        write_atomic(folder / "attempts" / f"{number:04d}.json", json.dumps(asdict(replace(attempt, ended=time.time()))))
+        attempt = replace(attempt, ended=time.time(), failure=failure or attempt.failure)
+        write_atomic(folder / "attempts" / f"{number:04d}.json", json.dumps(asdict(attempt)))
 
 
 @contextlib.contextmanager
@@ -166,47 +195,58 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def record(folder: Path, number: int, nproc: int, process: Process, mesh: dict[str, Any] | None = None) -> None:
+def record(
+    folder: Path, number: int, nproc: int, process: Process, mesh: dict[str, Any] | None = None, *, supervised: bool = False
+) -> None:
     """Name the process that carries attempt ``number``."""
-    attempt = Attempt(number, nproc, process, time.time(), mesh)
+    attempt = Attempt(number, nproc, process, time.time(), mesh, supervised=supervised)
     write_atomic(folder / "attempts" / f"{number:04d}.json", json.dumps(asdict(attempt)))
 
 
-def command_line(folder: Path, nproc: int, attempt: int | None = None) -> list[str]:
-    """The command that runs the folder's worker: one interpreter, or torchrun for several."""
-    worker = ["-m", "workbench.worker", str(folder)]
-    if attempt is not None:
-        worker += ["--attempt", str(attempt)]
-    if nproc == 1:
-        return [sys.executable, *worker]
-    elastic = ["--standalone", f"--nproc-per-node={nproc}"]
-    return [sys.executable, "-m", "torch.distributed.run", *elastic, *worker]
+def worker_command(folder: Path, attempt: int | None = None) -> list[str]:
+    """The command of one rank."""
+    command = [sys.executable, "-m", "workbench.worker", str(folder)]
+    return command if attempt is None else [*command, "--attempt", str(attempt)]
 
 
-def spawn(folder: Path, nproc: int, mesh: dict[str, Any] | None = None) -> Process:
+def command_line(folder: Path, nproc: int, attempt: int, restarts: int = 0, min_nproc: int | None = None) -> list[str]:
+    """The command that carries the run: the worker itself, or the supervisor of several or of one that may start again."""
+    if nproc == 1 and not restarts:
+        return worker_command(folder, attempt)
+    numbers = {"attempt": attempt, "nproc": nproc, "restarts": restarts, "min-nproc": min_nproc or nproc}
+    options = [f"--{name}={number}" for name, number in numbers.items()]
+    return [sys.executable, "-m", "workbench.supervisor", str(folder), *options]
+
+
+def spawn(
+    folder: Path, nproc: int, mesh: dict[str, Any] | None = None, *, restarts: int = 0, min_nproc: int | None = None
+) -> Process:
     """Start the worker processes in a session of their own, output to ``logs/``; returns at once.
 
     The processes inherit nothing but the environment and outlive this one.
 
     Args:
         mesh: how they share the work, in place of what the config says; by default as at the last start.
+        restarts: how often they start again by themselves after one was lost.
+        min_nproc: the fewest that may go on when one cannot be started again; by default all must.
 
     Raises:
         RunError: another process is at the run.
     """
     with _locked(folder / "attempts"):  # until the child is named, so that of two threads that start a run one does
-        return _spawn(folder, nproc, _claim(folder, nproc, mesh))
+        attempt = _claim(folder, nproc, mesh)
+        return _spawn(folder, nproc, attempt, command_line(folder, nproc, attempt, restarts, min_nproc))
 
 
-def _spawn(folder: Path, nproc: int, attempt: int) -> Process:
+def _spawn(folder: Path, nproc: int, attempt: int, command: list[str]) -> Process:
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     # The worker must import what the notebook can: the folder it runs in, and this very package.
     here = [os.getcwd(), str(Path(__file__).resolve().parent.parent)]
     environment["PYTHONPATH"] = os.pathsep.join([*here, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // nproc)))
-    with (folder / "logs" / f"attempt-{attempt:04d}.log").open("ab") as log:
+    with log_of(folder, attempt).open("ab") as log:
         child = subprocess.Popen(
-            command_line(folder, nproc, attempt),
+            command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -216,7 +256,8 @@ def _spawn(folder: Path, nproc: int, attempt: int) -> Process:
     _children[child.pid] = child
     process = Process.of(child.pid)
     claimed = Attempt.latest(folder)
-    record(folder, attempt, nproc, process, claimed.mesh if claimed else None)
+    supervised = "workbench.supervisor" in command
+    record(folder, attempt, nproc, process, claimed.mesh if claimed else None, supervised=supervised)
     return process
 
 
@@ -247,9 +288,14 @@ def terminate(process: Process, grace: float = 10.0) -> None:
     psutil.wait_procs(left, timeout=grace)
 
 
+def log_of(folder: Path, attempt: int) -> Path:
+    """Where the processes of an attempt print."""
+    return folder / "logs" / f"attempt-{attempt:04d}.log"
+
+
 def tail(folder: Path, attempt: int, lines: int = 30) -> str:
     """The last lines that the processes of an attempt printed."""
-    path = folder / "logs" / f"attempt-{attempt:04d}.log"
+    path = log_of(folder, attempt)
     if not path.exists():
         return ""
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])

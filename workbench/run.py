@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from workbench import launcher, storage
 from workbench.config import Config, load_yaml
 from workbench.errors import RunError
-from workbench.events import Evaluated, Event, Finding, Steps
+from workbench.events import Evaluated, Event, Failed, Finding, Steps
 from workbench.journal import JournalReader, Progress, ReadingsReader, history_of, progress_of
 from workbench.registry import load_object
 
@@ -139,7 +139,7 @@ class Run:
         """``created``, ``starting``, ``running``, ``paused``, ``hung``, ``finished``, ``stopped``, ``failed`` or ``lost``.
 
         ``lost``: its processes are gone without a word (``resume()`` goes on from the last checkpoint); ``hung``: they live,
-        but no step has ended for far longer than steps take.
+        but no step has ended for far longer than steps take; ``starting``: they are on their way, for the first time or again.
         """
         attempt = launcher.Attempt.latest(self.path)
         if attempt is None:
@@ -149,12 +149,14 @@ class Run:
         if heartbeat is not None and heartbeat.attempt != attempt.number:
             heartbeat = None
         for event in reversed(said):
-            if event.type in ("finished", "stopped", "failed"):
+            if event.type in ("finished", "stopped"):
                 return event.type
+            if event.type == "failed":
+                return "starting" if attempt.deciding() else "failed"
             if event.type in ("attempt_started", "paused", "resumed"):
                 break
         if attempt.ended:
-            return "failed"  # it could not even say so: a full disk
+            return "starting" if attempt.deciding() else "failed"  # it could not even say so: a full disk
         process = heartbeat.process if heartbeat else attempt.process
         alive = process.alive()
         if alive is None:
@@ -162,6 +164,8 @@ class Run:
         if not said:
             return "starting" if alive or attempt.process.alive() else "failed"
         if not alive:
+            if attempt.deciding():
+                return "starting"
             return "failed" if self._journal.failures(attempt.number) else "lost"
         if next((e.type for e in reversed(said) if e.type in ("paused", "resumed")), "") == "paused":
             return "paused"
@@ -178,11 +182,16 @@ class Run:
         if self.status != "failed":
             return None
         attempt = launcher.Attempt.latest(self.path)
-        failures = self._journal.failures(attempt.number) if attempt else []
-        if failures:
-            return min(failures, key=lambda event: event.time).message  # the first: its peers failed because it did
+        if attempt and attempt.failure:
+            return attempt.failure
+        if attempt and (failures := self.failures(attempt.number)):
+            return failures[0].message
         printed = launcher.tail(self.path, attempt.number) if attempt else ""
         return f"The worker ended before it could start training. It printed:\n{printed}"
+
+    def failures(self, attempt: int) -> list[Failed]:
+        """What ranks said of an attempt's failure, the first first: its peers failed because it did."""
+        return sorted(self._journal.failures(attempt), key=lambda event: event.time)
 
     @property
     def progress(self) -> Progress:
@@ -296,12 +305,13 @@ class Run:
                 raise RunError(f"{name}={value} must be a finite number of at least 0.")
         self.command("set", **settings)
 
-    def resume(self, nproc: int | None = None, *, mesh: Mapping[str, Any] | None = None) -> Self:
+    def resume(self, nproc: int | None = None, *, mesh: Mapping[str, Any] | None = None, restarts: int = 0) -> Self:
         """Go on: a paused run continues, one that stopped, failed or was lost starts again from its last checkpoint.
 
         Args:
             nproc: processes of the new start; by default as many as before.
             mesh: how they share the work from now on, e.g. ``{"shard": 2}``; by default as before. ``{}`` is one copy a process.
+            restarts: how often all start again by themselves after one was lost (:func:`launch`).
 
         Raises:
             RunError: the run has finished.
@@ -315,8 +325,9 @@ class Run:
             while status in ("stopped", "failed") and launcher.at_work(self.path) and time.monotonic() < patience:
                 time.sleep(0.05)
             if status == "lost" and last is not None and last.process.alive():
-                launcher.terminate(last.process)  # torchrun, whose rank 0 is gone: the other ranks must not write on
-            launcher.spawn(self.path, nproc or (last.nproc if last else 1), None if mesh is None else _mesh(self.config, mesh))
+                launcher.terminate(last.process)  # torchrun's agent, whose rank 0 is gone: no other must write on
+            arranged = None if mesh is None else _mesh(self.config, mesh)
+            launcher.spawn(self.path, nproc or (last.nproc if last else 1), arranged, restarts=restarts)
         elif status == "finished":
             raise RunError(f"The run {self.id} has finished.", "Train further by a new run with model={'name': '<this run>'}.")
         return self
@@ -351,6 +362,8 @@ def launch(
     data: Any = None,
     root: str | os.PathLike[str] | None = None,
     replay: Replay | None = None,
+    restarts: int = 0,
+    min_nproc: int | None = None,
 ) -> Run:
     """Start ``config`` in ``nproc`` fresh processes and return at once.
 
@@ -363,13 +376,20 @@ def launch(
         data: train on this instead of ``config.data`` (as for :func:`workbench.train`); it is stored in the run folder.
         root: parent of the run folder; by default ``WORKBENCH_RUNS``.
         replay: commands to apply after given steps.
+        restarts: how often all start again by themselves, from the last checkpoint, after one was lost.
+        min_nproc: the fewest processes to go on with when one cannot be started again, its accelerator broken, say; by default
+            all must. The batch stays the same, and the mesh must allow it.
 
     Raises:
-        RunError: the run folder cannot be made, or ``nproc`` is below 1.
+        RunError: the run folder cannot be made, ``nproc`` is below 1, or ``restarts`` or ``min_nproc`` is out of range.
         ConfigError: ``config.mesh`` is of another number of processes.
     """
     if nproc < 1:
         raise RunError(f"nproc={nproc} must be at least 1.", "One process drives one accelerator.")
+    if restarts < 0:
+        raise RunError(f"restarts={restarts} must be at least 0.")
+    if min_nproc is not None and not 1 <= min_nproc <= nproc:
+        raise RunError(f"min_nproc={min_nproc} must lie between 1 and nproc={nproc}.")
     run: Run = load_object("workbench.training:prepare")(config, model=model, data=data, root=root, replay=replay, nproc=nproc)
-    launcher.spawn(run.path, nproc)
+    launcher.spawn(run.path, nproc, restarts=restarts, min_nproc=min_nproc)
     return run

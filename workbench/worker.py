@@ -1,16 +1,27 @@
-"""``python -m workbench.worker RUN [--attempt N]``: one rank of a run, alone or under torchrun."""
+"""``python -m workbench.worker RUN [--attempt N]``: one rank of a run; alone, under our supervisor, or under torchrun.
+
+A rank that has a parent to watch over it ends itself as soon as that parent is gone: nobody would end it, or notice its end.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 
 from workbench import launcher
-from workbench.errors import WorkbenchError
+from workbench.errors import DeviceError, MemoryExhausted, WorkbenchError
 from workbench.run import Run
+from workbench.supervisor import PERMANENT, UNFIT
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl(2): the signal to get when the parent ends."""
 
 
 def main() -> int:
@@ -18,6 +29,8 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--attempt", type=int)
     arguments = parser.parse_args()
+    if "LOCAL_RANK" in os.environ:
+        _end_with(int(os.environ.get("WORKBENCH_SUPERVISOR", os.getppid())))
     from workbench import logs
     from workbench.training.session import execute
 
@@ -30,7 +43,7 @@ def main() -> int:
         execute(run, attempt)
     except WorkbenchError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        _leave(1)
+        _leave(UNFIT if isinstance(error, DeviceError) and not isinstance(error, MemoryExhausted) else PERMANENT)
     except BaseException:
         traceback.print_exc()
         _leave(1)
@@ -42,13 +55,27 @@ def _claim(folder: Path) -> int:
     from workbench.distributed import init_distributed
 
     world = init_distributed(device=Run(folder).config.device)
+    parent = launcher.Process.of(os.getppid()) if "LOCAL_RANK" in os.environ else None
     if world.size == 1:
-        return launcher.claim(folder, 1)
+        return launcher.claim(folder, 1, parent=parent)
     import torch.distributed as dist
 
-    box = [launcher.claim(folder, world.size) if world.main else 0]
+    box = [launcher.claim(folder, world.size, parent=parent) if world.main else 0]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def _end_with(parent: int) -> None:
+    """End when the process ``parent`` does, without a word: its end is no error of ours."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # all ranks at once: none takes another's end for an error
+
+    def watch() -> None:  # on other systems; and for a parent that was gone before we asked to be told
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="workbench-parent", daemon=True).start()
 
 
 def _leave(status: int) -> None:

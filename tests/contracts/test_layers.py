@@ -18,6 +18,7 @@ events storage
 launcher
 journal
 run
+supervisor
 distributed allocator
 data
 models

@@ -132,7 +132,8 @@ def test_a_run_whose_first_rank_is_killed_goes_on_with_one(
     heartbeat = launcher.Heartbeat.read(run.path)
     assert heartbeat is not None
     os.kill(heartbeat.process.pid, signal.SIGKILL)
-    until(lambda: run.status == "lost")
+    until(lambda: run.status == "failed")
+    assert "Rank 0" in (run.error or "") and "SIGKILL" in (run.error or "")
     assert_whole(run)
     run.resume(nproc=1).wait(timeout=120)
     assert_whole(run)
