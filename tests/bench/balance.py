@@ -106,9 +106,8 @@ def main() -> None:
                 times[name].append(step_time(train(half, root=root).run))
     even, speed, fast, slow = (statistics.median(found) for found in times.values())
     ideal = BATCH / (BATCH / 2 / fast + BATCH / 2 / slow)
-    print(
-        f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__}, one of two ranks {slow / fast:.2f} × slower"
-    )
+    device = torch.cuda.get_device_name() if CUDA else "CPU"
+    print(f"{device}, torch {torch.__version__}, one of two ranks {slow / fast:.2f} × slower")
     print(f"even {1000 * even:.2f} ms, by speed {1000 * speed:.2f} ms ({even / speed:.2f} × faster), ideal {1000 * ideal:.2f} ms")
     print(f"by speed / ideal: {speed / ideal:.3f}; even / ideal: {even / ideal:.3f}")
     if arguments.out:
