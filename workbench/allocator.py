@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -69,6 +70,22 @@ def room(device: torch.device) -> int:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         found.append(limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
     return max(0, min(found))
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether this error says that memory is exhausted, a device's or the process's."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def forget(error: BaseException) -> None:
+    """Let go of what the frames of an error hold, and of what the allocator has cached, so that there is room again."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _on_cpu(call: Callable[[], Any]) -> Held:

@@ -26,19 +26,21 @@ class Economy:
 
     def __init__(self, memory: MemoryConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         assert memory.recompute != "auto" and memory.offload != "auto"
-        self._undo: list[Callable[[], None]] = [recompute_blocks(model, memory.recompute)]
+        self._undo = recompute_blocks(model, memory.recompute)
+        self._undo_state: Callable[[], None] = lambda: None
         self._offload = ActivationOffload() if memory.offload in ("activations", "both") else None
         if memory.offload in ("optimizer", "both"):
-            self._undo.append(offload_state(optimizer))
+            self._undo_state = offload_state(optimizer)
 
     def forward(self) -> AbstractContextManager[Any]:
         """Around the forward pass of a micro-step."""
         return self._offload.forward() if self._offload is not None else nullcontext()
 
-    def undo(self) -> None:
-        """Leave model and optimizer as they were."""
-        while self._undo:
-            self._undo.pop()()
+    def undo(self, *, state: bool = True) -> None:
+        """Leave the model as it was, and, if ``state``, the optimizer's on the device."""
+        self._undo()
+        if state:
+            self._undo_state()
 
 
 def check_memory(memory: MemoryConfig, device: torch.device, compile_mode: str, *, sharded: bool = False) -> None:

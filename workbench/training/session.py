@@ -34,6 +34,7 @@ from workbench.training.config import TrainConfig
 from workbench.training.control import Command, Control
 from workbench.training.distillation import Distillation
 from workbench.training.economy import check_memory
+from workbench.training.fitting import settle_memory
 from workbench.training.objective import Objective
 from workbench.training.precision import Precision
 from workbench.training.recorder import Recorder, say_failed
@@ -150,6 +151,8 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
 
     balance = Balance(config.balance, batches, world, reshared)
     check_memory(config.memory, world.device, compile_mode, sharded=sharded)
+    memory = settle_memory(config, objective, batches, precision.name, compile_mode, world, decided)
+    config = config.model_copy(update={"memory": memory})
     trainer = Trainer(config, objective, batches, precision, compile_mode, probe_set, recorder, control, world, balance)
 
     torch.manual_seed(derive_seed(config.seed, world.rank))
@@ -247,7 +250,7 @@ def _check_ids(model: nn.Module, splits: Splits) -> None:
 def _finish(trainer: Trainer, run: Run, recorder: Recorder, world: World) -> None:
     trainer.probes.detach()
     trainer.objective.detach()
-    trainer.economy.undo()
+    trainer.economy.undo(state=False)
     trainer.average.apply()
     trainer.model.eval()
     recorder.flush(durable=True)
