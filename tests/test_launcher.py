@@ -113,13 +113,13 @@ def test_several_processes_or_one_that_may_start_again_have_a_supervisor(run: Ru
 
 
 def test_a_supervised_attempt_is_its_supervisors_until_that_has_said_how_it_ended(run: Run) -> None:
-    number = launcher.claim(run.path, 2, supervised=True)
+    number = launcher.claim(run.path, 2, supervisor=launcher.Process.current())
     launcher.release(run.path, number)  # rank 0 says that it is done
     assert launcher.at_work(run.path) == launcher.Process.current()
     assert run.status == "starting"
     launcher.release(run.path, number, "Rank 1 was killed.")
     assert run.status == "failed" and run.error == "Rank 1 was killed."
-    assert launcher.claim(run.path, 2, supervised=True) == 2  # its own
+    assert launcher.claim(run.path, 2, supervisor=launcher.Process.current()) == 2  # its own
 
 
 def test_the_tail_of_a_log(run: Run) -> None:

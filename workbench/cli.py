@@ -1,4 +1,4 @@
-"""The command line: ``workbench train | runs | show | follow | stop | pause | resume | report | pipeline``.
+"""The command line: ``workbench train | launch | runs | show | follow | stop | pause | resume | report | pipeline``.
 
 * :data:`COMMANDS` — a function a subcommand; its docstring is the help text.
 * :func:`main` — parses, calls, and turns errors into one line on stderr: exit code 2 for a setting or argument that is wrong,
@@ -50,13 +50,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(arguments: argparse.Namespace) -> int:
     """Train, in processes of their own. Ctrl-C stops the run in order, after a checkpoint; a second one ends it at once."""
-    from workbench import launch
+    from workbench.run import launch as start
     from workbench.training.config import TrainConfig
 
     config = TrainConfig.from_yaml(arguments.config) if arguments.config else TrainConfig()
-    run = launch(config.override(arguments.set), nproc=arguments.nproc)
+    run = start(config.override(arguments.set), nproc=arguments.nproc, restarts=arguments.restarts)
     print(run.path)
     return 0 if arguments.detach else _follow(run)
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    """Print what starts a run on several machines: torchrun commands, a batch script, or manifests. Nothing is started here."""
+    from workbench.cluster import CLUSTERS, launch_script
+    from workbench.training.config import TrainConfig
+
+    config = TrainConfig.from_yaml(arguments.config) if arguments.config else TrainConfig()
+    given = {name: getattr(arguments, name) for name in ("nproc", "hosts", "restarts") if getattr(arguments, name) is not None}
+    cluster = CLUSTERS.factory(arguments.print)(**given).override(arguments.cluster)
+    script = launch_script(config.override(arguments.set), cluster)
+    print(script)
+    print(f"The run folder: {script.folder}", file=sys.stderr)
+    return 0
 
 
 def runs(arguments: argparse.Namespace) -> int:
@@ -102,7 +116,7 @@ def resume(arguments: argparse.Namespace) -> int:
     """Go on with a run that was paused, stopped, failed or lost."""
     from workbench.run import Run
 
-    run = Run.open(arguments.run).resume(nproc=arguments.nproc)
+    run = Run.open(arguments.run).resume(nproc=arguments.nproc, restarts=arguments.restarts)
     return _follow(run) if arguments.follow else 0
 
 
@@ -127,7 +141,7 @@ def pipeline(arguments: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: dict[str, Command] = {f.__name__: f for f in (train, runs, show, follow, stop, pause, resume, report, pipeline)}
+COMMANDS: dict[str, Command] = {f.__name__: f for f in (train, launch, runs, show, follow, stop, pause, resume, report, pipeline)}
 
 
 # -- parts --------------------------------------------------------------------------------------------------------------
@@ -152,8 +166,22 @@ def _parser() -> argparse.ArgumentParser:
     setting: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
     parsers["train"].add_argument("--config", type=Path, metavar="FILE", help="settings as YAML; by default the defaults")
     parsers["train"].add_argument("--set", **setting, help="change a setting, e.g. optim.lr=1e-3; may be repeated")
+    restarts: dict[str, Any] = {"type": _count, "metavar": "N"}
     parsers["train"].add_argument("--nproc", type=_positive, default=1, metavar="N", help="processes, one an accelerator (1)")
+    parsers["train"].add_argument(
+        "--restarts", default=0, **restarts, help="start again from the last checkpoint so often after a process was lost (0)"
+    )
     parsers["train"].add_argument("--detach", action="store_true", help="print the run's folder and return at once")
+    printed = parsers["launch"]
+    printed.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="settings as YAML; by default the defaults")
+    printed.add_argument("--set", **setting, help="change a setting, e.g. optim.lr=1e-3; may be repeated")
+    printed.add_argument("--nproc", type=_positive, metavar="N", help="processes a host, one an accelerator (1)")
+    printed.add_argument("--hosts", type=_positive, metavar="N", help="machines (1)")
+    printed.add_argument("--restarts", **restarts, help="start all again so often after a rank was lost (3)")
+    printed.add_argument("--print", required=True, metavar="KIND", help="torchrun, slurm or kubernetes")
+    printed.add_argument(
+        "--cluster", **setting, help="change a setting of that kind, e.g. partition=gpu, image=...; may be repeated"
+    )
     parsers["runs"].add_argument(
         "--filter",
         action="append",
@@ -165,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     parsers["resume"].add_argument(
         "--nproc", type=_positive, metavar="N", help="processes of the new start; by default as many as before"
     )
+    parsers["resume"].add_argument("--restarts", default=0, **restarts, help="as for train (0)")
     parsers["resume"].add_argument("--follow", action="store_true", help="show its progress until it ends")
     parsers["report"].add_argument("-o", "--output", type=Path, metavar="FILE", help="by default report.html in the run's folder")
     parsers["pipeline"].add_argument("file", metavar="FILE.yaml", help="the stages")
@@ -174,8 +203,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return _count(text, least=1)
+
+
+def _count(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {least}")
     return int(text)
 
 

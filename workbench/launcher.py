@@ -125,30 +125,22 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def claim(folder: Path, nproc: int, *, parent: Process | None = None, supervised: bool = False) -> int:
+def claim(folder: Path, nproc: int, *, supervisor: Process | None = None) -> int:
     """Number of a new attempt, which is this process's alone until :func:`record` names the worker.
 
     Args:
-        parent: the process that starts the run's ranks, this one among them, and carries the run in its place.
-        supervised: this process is the supervisor of the run's ranks.
+        supervisor: the parent of the run's ranks, which may be this process, and carries the run.
 
     Raises:
         RunError: another process is at it.
     """
     with _locked(folder / "attempts"):
-        return _claim(folder, nproc, parent=parent, supervised=supervised)
+        return _claim(folder, nproc, supervisor=supervisor)
 
 
-def _claim(
-    folder: Path,
-    nproc: int,
-    mesh: dict[str, Any] | None = None,
-    *,
-    parent: Process | None = None,
-    supervised: bool = False,
-) -> int:
+def _claim(folder: Path, nproc: int, mesh: dict[str, Any] | None = None, *, supervisor: Process | None = None) -> int:
     carrier = at_work(folder)
-    if carrier is not None and carrier not in (Process.current(), parent):
+    if carrier is not None and carrier not in (Process.current(), supervisor):
         raise RunError(
             f"The process {carrier.pid} is at the run {folder.name}.", "Open it with Run.open to follow it, or stop it first."
         )
@@ -156,7 +148,7 @@ def _claim(
     number = max(taken, default=0) + 1
     latest = Attempt.latest(folder)
     mesh = mesh or (latest.mesh if latest else None)
-    record(folder, number, nproc, parent or Process.current(), mesh, supervised=supervised)
+    record(folder, number, nproc, supervisor or Process.current(), mesh, supervised=supervisor is not None)
     return number
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 TERMINAL = ("finished", "stopped", "failed", "lost")
 COMMANDS = ("stop", "pause", "resume", "save", "set")
+FOLDERS = ("attempts", "events", "readings", "commands", "checkpoints", "logs", "source")
 STALE_HEARTBEAT = 20.0
 """Seconds without a heartbeat after which a run on another host counts as lost."""
 
@@ -75,7 +76,7 @@ class Run:
         try:
             parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.mkdir(mode=0o700)
-            for name in ("attempts", "events", "readings", "commands", "checkpoints", "logs", "source"):
+            for name in FOLDERS:
                 (path / name).mkdir()
         except OSError as error:
             raise RunError(

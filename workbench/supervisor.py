@@ -116,7 +116,7 @@ def supervise(folder: Path, attempt: int, nproc: int, restarts: int = 0, min_npr
             launcher.release(folder, attempt, failure)
             return 1
         restarts, places = restarts - 1, left
-        following = launcher.claim(folder, len(places), supervised=True)
+        following = launcher.claim(folder, len(places), supervisor=launcher.Process.current())
         launcher.release(folder, attempt, failure)
         attempt = following
 

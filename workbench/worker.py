@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -16,8 +17,8 @@ import traceback
 from pathlib import Path
 
 from workbench import launcher
-from workbench.errors import DeviceError, MemoryExhausted, WorkbenchError
-from workbench.run import Run
+from workbench.errors import DeviceError, MemoryExhausted, RunError, WorkbenchError
+from workbench.run import FOLDERS, Run
 from workbench.supervisor import PERMANENT, UNFIT
 
 PR_SET_PDEATHSIG = 1
@@ -27,7 +28,8 @@ PR_SET_PDEATHSIG = 1
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run one rank of a workbench run.")
     parser.add_argument("run", type=Path)
-    parser.add_argument("--attempt", type=int)
+    parser.add_argument("--attempt", type=int, help="its number, where one was claimed for us")
+    parser.add_argument("--given", type=Path, help="the run as it was prepared: rank 0 copies it when RUN isn't there yet")
     arguments = parser.parse_args()
     if "LOCAL_RANK" in os.environ:
         _end_with(int(os.environ.get("WORKBENCH_SUPERVISOR", os.getppid())))
@@ -35,6 +37,8 @@ def main() -> int:
     from workbench.training.session import execute
 
     logs.configure()
+    if arguments.given is not None:
+        _settle(arguments.given, arguments.run)
     run = Run.open(arguments.run)
     attempt = arguments.attempt
     if attempt is None:
@@ -55,14 +59,49 @@ def _claim(folder: Path) -> int:
     from workbench.distributed import init_distributed
 
     world = init_distributed(device=Run(folder).config.device)
-    parent = launcher.Process.of(os.getppid()) if "LOCAL_RANK" in os.environ else None
-    if world.size == 1:
-        return launcher.claim(folder, 1, parent=parent)
+    agent = launcher.Process.of(os.getppid()) if "LOCAL_RANK" in os.environ else None  # torchrun's
+    if not world.main:
+        return _told(0)
+    before = launcher.Attempt.latest(folder)
+    number = launcher.claim(folder, world.size, supervisor=agent)
+    if before is not None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        said = "".join(f" One of them said: {event.message}" for event in Run(folder).failures(before.number)[:1])
+        words = f"A rank or its host was lost; what torchrun printed on the hosts says which.{said}"
+        launcher.release(folder, before.number, before.failure or words)
+    return _told(number) if world.size > 1 else number
+
+
+def _told(number: int) -> int:
+    """Rank 0's number, on every rank."""
     import torch.distributed as dist
 
-    box = [launcher.claim(folder, world.size, parent=parent) if world.main else 0]
+    box = [number]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def _settle(given: Path, folder: Path, patience: float = 300.0) -> None:
+    """Make the run folder of what was given, on rank 0; wait for it on the others.
+
+    Raises:
+        RunError: it does not appear within ``patience`` seconds.
+    """
+    deadline = time.monotonic() + patience
+    while not (folder / "config.yaml").exists():
+        if os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(unfinished := folder.with_name(f"{folder.name}.tmp"), ignore_errors=True)
+            # Kubernetes mounts each file as a link into a hidden folder.
+            shutil.copytree(given, unfinished, ignore=shutil.ignore_patterns("..*"))
+            for name in FOLDERS:
+                (unfinished / name).mkdir(exist_ok=True)
+            unfinished.chmod(0o700)
+            unfinished.rename(folder)
+        elif time.monotonic() > deadline:
+            raise RunError(
+                f"The run folder {folder} did not appear in {patience:g} s.", "Do all hosts see the same folder there?"
+            )
+        else:
+            time.sleep(0.2)
 
 
 def _end_with(parent: int) -> None:
