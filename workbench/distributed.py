@@ -144,7 +144,7 @@ def whole_norms(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
     """float32 [tensors]: the norm of each, of the whole tensor where a rank holds a part; one collective for all of them.
 
     Args:
-        tensors: at least one, on one device; sharded ones are of one mesh.
+        tensors: at least one, on one device.
         order: 2 or infinity.
     """
     parts = [local(tensor) for tensor in tensors]
@@ -165,20 +165,34 @@ def sum_over_shards(values: Tensor, owners: Sequence[Tensor], *, largest: bool =
     Args:
         values: [owners, ...], one row for each.
     """
-    mesh: Any = next((owner.device_mesh for owner in owners if _is_spread(owner)), None)
-    if mesh is None:
-        return values
-    for dimension in range(mesh.ndim):
-        spread = [_is_spread(owner) and owner.placements[dimension].is_shard() for owner in owners]
-        if not any(spread):
-            continue
+    held = [_groups_of(owner) for owner in owners]
+    groups = {name: group for row in held for name, group in row.items()}
+    for name, group in groups.items():
+        spread = [name in row for row in held]
         if not all(spread) and not largest:  # what each rank has whole counts once
-            shares = [row if held else row / mesh.size(dimension) for row, held in zip(values.unbind(), spread, strict=True)]
+            shares = [row if apart else row / group.size() for row, apart in zip(values.unbind(), spread, strict=True)]
             values = torch.stack(shares)
         values = values.contiguous()
-        operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
-        dist.all_reduce(values, op=operation, group=mesh.get_group(dimension))
+        dist.all_reduce(values, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
     return values
+
+
+def sum_over_columns(values: Tensor, owner: Tensor) -> Tensor:
+    """Values [units, ...] of the rows of ``owner``'s part, summed over the ranks that hold other columns of these rows."""
+    for group in _groups_of(owner, rows=False).values():
+        values = values.contiguous()
+        dist.all_reduce(values, group=group)
+    return values
+
+
+def _groups_of(tensor: Tensor, *, rows: bool = True) -> dict[str, dist.ProcessGroup]:
+    """The groups, by name, of which each rank holds another part of the tensor; not ``rows``: other parts of the same rows."""
+    if not _is_spread(tensor):
+        return {}
+    mesh = tensor.device_mesh
+    parts: list[tuple[int, Any]] = [(i, p) for i, p in enumerate(tensor.placements) if not (p.is_replicate() or p.is_partial())]
+    groups = [mesh.get_group(i) for i, placement in parts if rows or placement.dim]
+    return {group.group_name: group for group in groups}
 
 
 def _is_spread(tensor: Tensor) -> TypeGuard[DTensor]:

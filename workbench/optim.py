@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from workbench.distributed import local, whole_norms
+from workbench.distributed import local, sum_over_columns, whole_norms
 from workbench.optim_config import OPTIMIZERS, ClipConfig, OptimConfig, ScheduleConfig
 
 AdamW = torch.optim.AdamW
@@ -44,8 +44,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     vectors = [p for p in parameters if not (p.ndim > 1 or config.decay_vectors)]
     groups = [
         {"params": members, "weight_decay": decay}
-        for members, decay in ((matrices, config.weight_decay), (vectors, 0.0))
-        if members
+        for kind, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        for members in _by_mesh(kind)
     ]
     arguments: dict[str, Any] = {"lr": config.lr, **config.args}
     if config.name in ("sgd", "rmsprop"):
@@ -56,6 +56,14 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
         arguments.setdefault("fused", True)
     optimizer: torch.optim.Optimizer = OPTIMIZERS.create(config.name, groups, **arguments)
     return optimizer
+
+
+def _by_mesh(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    """Those spread over one mesh together: one operation on many tensors takes no others."""
+    found: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        found.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return found.values()
 
 
 class Schedule:
@@ -199,8 +207,9 @@ def _unit_norms(values: list[Tensor]) -> Iterator[Tensor]:
     for value in values:
         if value.ndim <= 1:
             yield next(of_vectors)
-        else:  # sharded, if at all, by the first dimension
-            yield torch.linalg.vector_norm(local(value), dim=tuple(range(1, value.ndim)), keepdim=True, dtype=torch.float32)
+        else:
+            norm = torch.linalg.vector_norm(local(value), dim=tuple(range(1, value.ndim)), keepdim=True, dtype=torch.float32)
+            yield sum_over_columns(norm.square(), value).sqrt() if hasattr(value, "device_mesh") else norm
 
 
 class DynamicGraphOptimizer(torch.optim.AdamW):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import time
 
+import torch
 from torch import Tensor, nn
+
+from workbench.data.splits import Arrays, Splits
 
 
 class Wait(nn.Module):
@@ -68,3 +71,22 @@ def slowed_net(num_classes: int = 10, in_channels: int = 1, rank: int = 1, times
     return nn.Sequential(
         Slowed(nn.Sequential(*body), rank, times), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(4 * width, num_classes)
     )
+
+
+def vit(num_classes: int = 10, in_channels: int = 1, depth: int = 4, heads: int = 4, width: int = 32) -> nn.Module:
+    """[B, in_channels, 8, 8] -> logits [B, num_classes]: timm's vision transformer, small."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=8, patch_size=2, in_chans=in_channels, num_classes=num_classes, embed_dim=width, depth=depth, num_heads=heads
+    )
+
+
+def words(count: int = 256, length: int = 12, vocabulary: int = 100) -> Splits:
+    """Sentences of random lengths; the class is whether more than half of the words are of the first half of the vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, vocabulary, (count, length), generator=generator)
+    ids[torch.arange(length)[None] >= torch.randint(4, length + 1, (count, 1), generator=generator)] = 0
+    known = (ids > 0).sum(1)
+    y = (((ids > 0) & (ids < vocabulary // 2)).sum(1) * 2 > known).long()
+    return Splits(Arrays(ids, y), Arrays(ids[:64], y[:64]), classes=("late", "early"))

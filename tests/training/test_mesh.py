@@ -101,9 +101,14 @@ def test_a_checkpoint_opens_on_another_mesh(
 
 
 def test_a_mesh_that_does_not_fit_says_which_number_would(given: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    assert MeshConfig(shard="all").arranged(4) == {"replicate": 1, "shard": 4}
-    assert MeshConfig(shard=2).arranged(8) == {"replicate": 4, "shard": 2}
-    assert MeshConfig().arranged(1) == {"replicate": 1, "shard": 1}
+    for settings, ranks, sizes in (
+        ({"shard": "all"}, 4, (1, 1, 4, 1)),
+        ({"shard": 2}, 8, (1, 4, 2, 1)),
+        ({}, 1, (1, 1, 1, 1)),
+        ({"pipeline": 2, "tensor": 2}, 8, (2, 2, 1, 2)),
+        ({"replicate": 2, "tensor": "all"}, 8, (1, 2, 1, 4)),
+    ):
+        assert tuple(MeshConfig(**settings).arranged(ranks).values()) == sizes
     with pytest.raises(ConfigError, match=r"replicate=2 × shard=2 takes 4 ranks, and there are 3. Launch with nproc=4"):
         MeshConfig(replicate=2, shard=2).arranged(3)
     with pytest.raises(ConfigError, match="there are 2"):

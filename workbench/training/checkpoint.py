@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -126,10 +127,12 @@ def restore(
     """
     check_owner(path)
     reader = dcp.FileSystemReader(path)
-    known = reader.read_metadata().state_dict_metadata
+    metadata = reader.read_metadata()
+    known = metadata.state_dict_metadata
+    own: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer))
     state: dict[str, Any] = {
         "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "optimizer": {**own, "param_groups": _groups_of(metadata)},
         "extra": {name: value for name, value in extra.items() if f"extra.{name}" in known},
     }
     mine = f"rank-{world.rank}"
@@ -138,11 +141,30 @@ def restore(
     with _alone_is_fine():
         dcp.load(state, storage_reader=reader, no_dist=world.size == 1)
     set_model_state_dict(model, state["model"])
+    state["optimizer"]["param_groups"] = _regrouped(state["optimizer"]["param_groups"], own["param_groups"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     if "random" in state:
         set_random_state(state["random"][mine], world.device)
     found: dict[str, Tensor] = state["extra"]
     return found
+
+
+def _groups_of(metadata: Any) -> list[dict[str, Any]]:
+    """Parameter groups to be filled by a checkpoint, as they are there: on another mesh, the optimizer's are others."""
+    saved: dict[str, Any] = {}
+    for key, path in metadata.planner_data.items():
+        if path[:2] == ("optimizer", "param_groups"):
+            kept = metadata.state_dict_metadata[key]
+            tensor = torch.empty(kept.size, dtype=kept.properties.dtype) if hasattr(kept, "properties") else None
+            set_element(saved, path, tensor)
+    groups: list[dict[str, Any]] = saved["optimizer"]["param_groups"]
+    return groups
+
+
+def _regrouped(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups of ``own``, each with the settings that ``saved`` has for its parameters."""
+    settings = {name: group for group in saved for name in group["params"]}
+    return [{**settings[group["params"][0]], "params": group["params"]} for group in own]
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

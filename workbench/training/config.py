@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,7 +9,6 @@ from pydantic import Field, field_validator
 
 from workbench.config import Config, hint
 from workbench.data.config import DataConfig
-from workbench.errors import ConfigError
 from workbench.losses import LossConfig
 from workbench.models.config import ModelConfig
 from workbench.optim_config import ClipConfig, OptimConfig, ScheduleConfig
@@ -19,6 +17,7 @@ from workbench.regularizers import PENALTIES
 from workbench.training.balance_config import BalanceConfig
 from workbench.training.distillation_config import DistillConfig
 from workbench.training.memory_config import MemoryConfig
+from workbench.training.mesh_config import MeshConfig
 
 
 class CheckpointConfig(Config):
@@ -27,39 +26,6 @@ class CheckpointConfig(Config):
     every_epochs: int = Field(1, ge=0, description="Epochs between checkpoints; 0 for none by epoch.")
     every_steps: int = Field(0, ge=0, description="Optimizer steps between checkpoints; 0 for none by step.")
     keep: int = Field(2, ge=1, description="Checkpoints kept, the newest.")
-
-
-class MeshConfig(Config):
-    """How ranks share the work: ``replicate × shard`` of them, any product that gives the number of ranks."""
-
-    replicate: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
-        "all",
-        description="Copies of the model, each trained on its part of the batch (DDP); all: one for each rank left.",
-    )
-    shard: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
-        1,
-        description="Ranks over which each copy's weights, gradients and optimizer state are spread (FSDP2): a rank's memory "
-        "falls by that factor, and weights travel at each use; all: the ranks left.",
-    )
-
-    def arranged(self, ranks: int) -> dict[str, int]:
-        """Ranks along each dimension, the slowest first.
-
-        Raises:
-            ConfigError: the product doesn't give ``ranks``.
-        """
-        if self.shard == "all":
-            sizes = {"replicate": 1 if self.replicate == "all" else self.replicate}
-            sizes["shard"] = max(1, ranks // sizes["replicate"])
-        else:
-            sizes = {"replicate": max(1, ranks // self.shard) if self.replicate == "all" else self.replicate, "shard": self.shard}
-        if math.prod(sizes.values()) != ranks:
-            product = " × ".join(f"{name}={size}" for name, size in sizes.items())
-            raise ConfigError(
-                f"mesh: {product} takes {math.prod(sizes.values())} ranks, and there are {ranks}.",
-                f"Launch with nproc={math.prod(sizes.values())}, or set one of them to 'all'.",
-            )
-        return sizes
 
 
 class TrainConfig(Config):

@@ -1,11 +1,11 @@
 """One objective on several ranks: copies of it, or shards.
 
-:func:`parallelize` gives the trainer a :class:`Parallel`: what it calls in place of the objective, and when gradients travel.
+:func:`parallelize` gives the trainer a :class:`Parallel`, which carries out the forward and backward passes of a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from workbench.distributed import World
+from workbench.data.batches import Batch
 from workbench.errors import ConfigError
+from workbench.training.mesh import Mesh
 from workbench.training.objective import Objective
 
 
 class Parallel:
-    """An objective on one rank, alone.
+    """An objective on one rank, alone or with ranks that compute the same samples.
 
     Attributes:
         forward: to be called in the objective's place.
@@ -28,6 +29,35 @@ class Parallel:
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.forward: nn.Module = objective
+
+    def step(
+        self,
+        micro_batches: Iterable[Batch],
+        count: int,
+        parts: float,
+        around: Callable[[], AbstractContextManager[Any]],
+        backward: Callable[[Tensor, bool], None],
+    ) -> Tensor:
+        """Forward and backward passes over a step's ``count`` micro-batches.
+
+        Args:
+            parts: what each micro-batch's loss is divided by.
+            around: what the forward pass runs in.
+            backward: runs the backward pass from a loss; told whether it is the step's last.
+
+        Returns:
+            The sum of these losses, a scalar.
+        """
+        total: Tensor | None = None
+        for index, (x, y) in enumerate(micro_batches, start=1):
+            last = index == count
+            with self.micro_step(last):
+                with around():
+                    loss = self.forward(x, y) / parts
+                backward(loss, last)
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
 
     def micro_step(self, last: bool) -> AbstractContextManager[Any]:
         """Around the forward and backward pass of a micro-step: gradients travel between ranks after the ``last`` only."""
@@ -52,32 +82,8 @@ class Replicated(Parallel):
         return nullcontext() if last else self.forward.no_sync()
 
 
-class Sharded(Parallel):
-    """Weights, gradients and optimizer state spread over ranks, block by block (FSDP2, Zhao et al. 2023, arXiv:2304.11277).
-
-    A block's weights are gathered when it computes and given up after; its gradients are averaged over all ranks, and each keeps
-    the part that belongs to its weights.
-    """
-
-    def __init__(self, objective: Objective, arranged: Mapping[str, int], device: torch.device) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        super().__init__(objective)
-        sizes = {name: size for name, size in arranged.items() if size > 1}
-        mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        # What the terms of distillation learn is no part of the model.
-        self._roots: list[Any] = [part for part in _parts(objective) if any(True for _ in part.parameters())]
-        for root in self._roots:
-            for block in blocks_of(root):
-                fully_shard(block, mesh=mesh)
-            # Left gathered after an evaluation, the root's weights would be those of the average.
-            fully_shard(root, mesh=mesh, reshard_after_forward=True)
-
-    def micro_step(self, last: bool) -> AbstractContextManager[Any]:
-        for root in self._roots:
-            root.set_requires_gradient_sync(last)
-        return nullcontext()
+class Divided(Parallel):
+    """Some tensors are spread over ranks."""
 
     def state(self) -> Mapping[str, Tensor]:
         """On the CPU; ranks other than 0 get none."""
@@ -88,34 +94,56 @@ class Sharded(Parallel):
         return state
 
 
-def parallelize(
-    objective: Objective, arranged: Mapping[str, int], world: World, compile_mode: str, *, deterministic: bool = False
-) -> Parallel:
+class Sharded(Divided):
+    """Weights, gradients and optimizer state spread over ranks, block by block (FSDP2, Zhao et al. 2023, arXiv:2304.11277).
+
+    A block's weights are gathered when it computes and given up after; its gradients are averaged over all ranks, and each keeps
+    the part that belongs to its weights.
+    """
+
+    def __init__(self, objective: Objective, mesh: Mesh) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        super().__init__(objective)
+        over = mesh.along("replicate", "shard")
+        # What the terms of distillation learn is no part of the model.
+        self._roots: list[Any] = [part for part in _parts(objective) if any(True for _ in part.parameters())]
+        for root in self._roots:
+            for block in blocks_of(root):
+                fully_shard(block, mesh=over)
+            # Left gathered after an evaluation, the root's weights would be those of the average.
+            fully_shard(root, mesh=over, reshard_after_forward=True)
+
+    def micro_step(self, last: bool) -> AbstractContextManager[Any]:
+        for root in self._roots:
+            root.set_requires_gradient_sync(last)
+        return nullcontext()
+
+
+def parallelize(objective: Objective, mesh: Mesh, compile_mode: str, *, deterministic: bool = False) -> Parallel:
     """``objective`` compiled, and joined with those of the other ranks; it is changed in place.
 
     Its parameters may be others afterwards: make optimizers and averages of them then.
 
     Args:
-        arranged: ranks along each dimension of the mesh.
         compile_mode: of torch.compile, or ``off``.
 
     Raises:
-        ConfigError: shards with captured graphs, whose weights must stay where they are.
+        ConfigError: a divided model with captured graphs, whose tensors must stay where they are.
     """
-    sharded = arranged["shard"] > 1
     if compile_mode != "off":
         torch.compiler.reset()  # what a kernel compiled before must not decide how this run is compiled, nor use up the limit
-        if sharded and compile_mode != "default":
+        if not mesh.plain and compile_mode != "default":
             raise ConfigError(
-                f"compile={compile_mode!r} captures graphs, and sharded weights move between uses.",
-                "Take compile='default' or 'off' with mesh.shard, or replicate the model.",
+                f"compile={compile_mode!r} captures graphs, and a divided model exchanges tensors within.",
+                "Take compile='default' or 'off' with mesh.shard or mesh.tensor, or replicate the model.",
             )
         # Between blocks, weights are gathered: each is compiled for itself, and equal ones once.
-        for part in blocks_of(objective.model) if sharded else [objective]:
+        for part in [objective] if mesh.plain else blocks_of(objective.model):
             part.compile(mode=None if compile_mode == "default" else compile_mode)
-    if sharded:
-        return Sharded(objective, arranged, world.device)
-    return Replicated(objective, deterministic) if world.size > 1 else Parallel(objective)
+    if mesh.plain:
+        return Replicated(objective, deterministic) if mesh.copies > 1 else Parallel(objective)
+    return Sharded(objective, mesh) if mesh.copies > 1 else Divided(objective)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

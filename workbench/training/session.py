@@ -35,9 +35,11 @@ from workbench.training.control import Command, Control
 from workbench.training.distillation import Distillation
 from workbench.training.economy import check_memory
 from workbench.training.fitting import settle_memory
+from workbench.training.mesh import Mesh
 from workbench.training.objective import Objective
 from workbench.training.precision import Precision
 from workbench.training.recorder import Recorder, say_failed
+from workbench.training.tensor_parallel import divide
 from workbench.training.trainer import Trainer
 
 
@@ -112,24 +114,23 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     torch.manual_seed(derive_seed(config.seed))
     model = build_model(fit_to_data(config, splits), root=run.path)
     images = len(splits.sample_shape) == 3
-    arranged = config.mesh.arranged(world.size)
-    sharded = arranged["shard"] > 1
-    if sharded and precision.name == "fp16":
-        raise ConfigError(
-            "precision='fp16' scales the loss, and ranks that hold shards do not agree on when it overflowed.",
-            "Take precision='bf16' or 'fp32', or replicate the model: mesh.shard=1.",
-        )
-    channels_last = config.channels_last and images and not sharded  # shards are rows of contiguous weights
+    mesh = Mesh(config.mesh.arranged(world.size), world)
+    _check_mesh(config, mesh, precision)
+    channels_last = config.channels_last and images and mesh.plain  # parts are rows of contiguous weights
     model.to(world.device)
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    shares = first_shares(config, arranged, world, config.compile, decided)
-    shard = Shard(world.rank, world.size, config.accumulate, shares)
+    shares = first_shares(config, mesh.sizes, world, config.compile, decided)
+    shard = Shard(mesh.copy, mesh.copies, config.accumulate, shares)
     target = Target(world.device, precision.dtype, channels_last)
     placement = decisions.decide_placement(config, splits, world.device, decided)
     batches = Batches(splits, config.data.override({"placement": placement}), shard, target, config.seed)
     total_steps = min(config.epochs * batches.steps_per_epoch, config.max_steps or 10**12)
     _check_model(model, batches, config, precision)
+    if mesh["tensor"] > 1:
+        whole = divide(model, find_source(config.mesh.plan, run.path), mesh.along("tensor"), next(batches.evaluation())[0][:2])
+        if whole:
+            decided.decide("mesh.plan", "whole: " + "; ".join(whole), "what doesn't divide evenly is computed by every rank")
 
     probes: dict[str, tuple[Probe, int]] = {}
     for name, wanted in config.probes.by_name().items():
@@ -137,7 +138,7 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
         probes[name] = (PROBES.create(find_source(name, run.path), wanted), every)
     probe_set = ProbeSet(probes, recorder.reading)
     probe_set.attach(model)
-    captured = not sharded and config.balance.shares != "speed"
+    captured = mesh.plain and config.balance.shares != "speed"
     compile_mode = decisions.decide_compile(config, world.device, total_steps, decided, captured=captured)
     objective = Objective(
         model, make_loss(config.loss), config.penalties, _distillation(config, model, batches, precision, run.path)
@@ -150,12 +151,12 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
             recorder.emit(finding)
 
     balance = Balance(config.balance, batches, world, reshared)
-    check_memory(config.memory, world.device, compile_mode, sharded=sharded)
+    check_memory(config.memory, world.device, compile_mode, sharded=not mesh.plain)
     memory = settle_memory(config, objective, batches, precision.name, compile_mode, world, decided)
     config = config.model_copy(update={"memory": memory})
-    trainer = Trainer(config, objective, batches, precision, compile_mode, probe_set, recorder, control, world, balance)
+    trainer = Trainer(config, objective, batches, precision, compile_mode, probe_set, recorder, control, mesh, balance)
 
-    torch.manual_seed(derive_seed(config.seed, world.rank))
+    torch.manual_seed(derive_seed(config.seed, mesh.copy))
     if run.checkpoints:
         trainer.restore(run.checkpoints[-1])
     if world.main:
@@ -177,6 +178,22 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
             recorder.emit(events.Finding(step=trainer.step, name="restarted", severity="warning", message=words))
     barrier(world)
     return trainer
+
+
+def _check_mesh(config: TrainConfig, mesh: Mesh, precision: Precision) -> None:
+    """Refuse what a divided model can't do."""
+    if not mesh.plain and precision.name == "fp16":
+        raise ConfigError(
+            "precision='fp16' scales the loss, and ranks that hold parts of a model do not agree on when it overflowed.",
+            "Take precision='bf16' or 'fp32', or replicate the model: mesh.shard=1, mesh.tensor=1.",
+        )
+    for name in ("tensor", "pipeline"):
+        for part in ("penalties", "distill"):
+            if mesh[name] > 1 and getattr(config, part):
+                raise ConfigError(
+                    f"{part} looks at layers as a whole, and mesh.{name}={mesh[name]} divides them.",
+                    f"Take mesh.shard={mesh[name]} instead.",
+                )
 
 
 def _distillation(

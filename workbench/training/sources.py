@@ -81,7 +81,7 @@ def copy_sources(config: TrainConfig, folder: Path) -> None:
 
 def named(config: TrainConfig) -> list[str]:
     """Every name in a config that may be a file's: of the model, the data, the loss and whatever else is plugged in."""
-    plugged = [*(config.data.augment or ()), *config.probes.more, *config.penalties]
+    plugged = [*(config.data.augment or ()), *config.probes.more, *config.penalties, config.mesh.plan]
     if config.distill is not None:
         plugged += [config.distill.teacher, *config.distill.terms]
     return [config.model.name, config.data.name, config.loss.name, config.optim.name, *plugged]

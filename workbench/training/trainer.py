@@ -8,8 +8,8 @@ probes, and what is written to the run folder (:mod:`recorder`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from workbench import events
 from workbench.data.batches import Batch, Batches
-from workbench.distributed import World, sum_over_ranks
+from workbench.distributed import sum_over_ranks
 from workbench.errors import NonFiniteLoss
 from workbench.optim import AdaptiveGradientClipper, Schedule, make_optimizer
 from workbench.probes import ProbeSet, StepContext
@@ -29,6 +29,7 @@ from workbench.training.clock import StepClock
 from workbench.training.config import TrainConfig
 from workbench.training.control import Command, Control
 from workbench.training.economy import Economy
+from workbench.training.mesh import Mesh
 from workbench.training.meter import Meter, Window
 from workbench.training.objective import Objective
 from workbench.training.parallel import parallelize
@@ -57,14 +58,12 @@ class Trainer:
         probes: ProbeSet,
         recorder: Recorder,
         control: Control,
-        world: World,
+        mesh: Mesh,
         balance: Balance,
     ) -> None:
-        self.parallel = parallelize(
-            objective, config.mesh.arranged(world.size), world, compile_mode, deterministic=config.deterministic
-        )
+        self.parallel = parallelize(objective, mesh, compile_mode, deterministic=config.deterministic)
         self.config, self.objective, self.batches, self.precision = config, objective, batches, precision
-        self.probes, self.recorder, self.control, self.world = probes, recorder, control, world
+        self.probes, self.recorder, self.control, self.world = probes, recorder, control, mesh.world
         self.model, self.trained = objective.model, objective.trained
         self.optimizer = make_optimizer(self.trained, config.optim)
         self.economy = Economy(config.memory, self.model, self.optimizer)
@@ -75,8 +74,8 @@ class Trainer:
         planned = config.epochs * batches.steps_per_epoch
         self.total_steps = min(planned, config.max_steps or planned)
         self.schedule = Schedule(config.schedule, config.optim.lr, self.total_steps)
-        self.meter = Meter(config.log_every, world, self._report)
-        self.clock, self.balance = StepClock(world.device, batches), balance
+        self.meter = Meter(config.log_every, mesh.world, self._report)
+        self.clock, self.balance = StepClock(mesh.world.device, batches), balance
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.stopped = False
@@ -110,15 +109,13 @@ class Trainer:
         self.probes.begin(self.step + 1)
         if self._captured:
             torch.compiler.cudagraph_mark_step_begin()
-        total = torch.zeros((), device=self.world.device)
-        watched, parts = self.balance.watching or self.probes.timed, self.batches.parts(self.step)
-        for index, (x, y) in enumerate(micro_batches, start=1):
-            last = index == self.config.accumulate
-            with self.parallel.micro_step(last):
-                with self.economy.forward(), self.precision.autocast():
-                    loss = self.parallel.forward(x, y) / parts
-                self.precision.backward(self.clock.watch(loss) if watched and last else loss)
-            total += loss.detach()
+        watched = self.balance.watching or self.probes.timed
+
+        def backward(loss: Tensor, last: bool) -> None:
+            self.precision.backward(self.clock.watch(loss) if watched and last else loss)
+
+        accumulate, parts = self.config.accumulate, self.batches.parts(self.step)
+        total = self.parallel.step(micro_batches, accumulate, parts, self._forward, backward)
         timing = self.clock.gathered()
         self.balance.take(self.step, timing)
         self.probes.read(StepContext(self.step + 1, self.precision.scale, timing))
@@ -270,6 +267,11 @@ class Trainer:
         if self.world.size > 1:
             for buffer in (*self.model.buffers(), *self.average.buffers):
                 dist.broadcast(buffer, src=0)
+
+    @contextmanager
+    def _forward(self) -> Iterator[None]:
+        with self.economy.forward(), self.precision.autocast():
+            yield
 
     def _set_rate(self) -> float:
         rate = self.schedule.rate(self.step)
