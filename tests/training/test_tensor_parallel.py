@@ -85,7 +85,7 @@ def test_a_plan_that_changes_what_is_computed_is_refused(config: Callable[..., T
 
 @pytest.mark.parametrize(
     ("name", "error"),
-    [("vit", "3 attention heads don't divide by 5; 132 units of an MLP don't"), ("net", "no layer of Sequential")],
+    [("vit", "132 units of an MLP don't divide by 5; 3 attention heads don't"), ("net", "no layer of Sequential")],
 )
 def test_what_cannot_be_divided_is_said(name: str, error: str) -> None:
     model = net["vit"](heads=3, width=33) if name == "vit" else net["net"]()
