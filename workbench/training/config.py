@@ -15,6 +15,7 @@ from workbench.optim_config import ClipConfig, OptimConfig, ScheduleConfig
 from workbench.probes.config import ProbesConfig
 from workbench.regularizers import PENALTIES
 from workbench.training.balance_config import BalanceConfig
+from workbench.training.communication_config import CommunicationConfig
 from workbench.training.distillation_config import DistillConfig
 from workbench.training.memory_config import MemoryConfig
 from workbench.training.mesh_config import MeshConfig
@@ -88,6 +89,9 @@ class TrainConfig(Config):
     )
     memory: MemoryConfig = Field(
         MemoryConfig(), description="How a step's memory is kept down.", json_schema_extra=hint(advanced=True)
+    )
+    communication: CommunicationConfig = Field(
+        CommunicationConfig(), description="How copies exchange their gradients.", json_schema_extra=hint(advanced=True)
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Of weights, order, augmentation and dropout.")
     deterministic: bool = Field(

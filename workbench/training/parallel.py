@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from workbench.data.batches import Batch
+from workbench.distributed import World
 from workbench.errors import ConfigError
+from workbench.training.communication import payload, replicate
+from workbench.training.communication_config import CommunicationConfig
 from workbench.training.mesh import Mesh
 from workbench.training.objective import Objective
 
@@ -24,7 +27,10 @@ class Parallel:
 
     Attributes:
         forward: to be called in the objective's place.
+        payload: bytes of gradients that this rank gives to its peers each step, as far as they can be counted.
     """
+
+    payload = 0
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
@@ -68,18 +74,27 @@ class Parallel:
         state: dict[str, Tensor] = self.objective.model.state_dict()
         return state
 
+    def carried(self) -> Mapping[str, Tensor]:
+        """Tensors that the exchange of gradients carries from step to step; a checkpoint loads them in place."""
+        return {}
+
 
 class Replicated(Parallel):
     """A copy on every rank; gradients are averaged while the backward pass runs (DDP)."""
 
-    def __init__(self, objective: Objective, deterministic: bool) -> None:
+    forward: DistributedDataParallel
+
+    def __init__(self, objective: Objective, communication: CommunicationConfig, world: World, deterministic: bool) -> None:
         super().__init__(objective)
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, objective.constants)
-        # As views of buckets, gradients shift in memory once the buckets are rebuilt, and norms of them by their last bit.
-        self.forward: DistributedDataParallel = DistributedDataParallel(objective, gradient_as_bucket_view=not deterministic)
+        self._rank = world.rank
+        self.forward, self._low_rank = replicate(objective, communication, deterministic=deterministic)
+        self.payload = payload(objective, communication, self._low_rank)
 
     def micro_step(self, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last else self.forward.no_sync()
+
+    def carried(self) -> Mapping[str, Tensor]:
+        return {} if self._low_rank is None else self._low_rank.state(self._rank)
 
 
 class Divided(Parallel):
@@ -120,13 +135,21 @@ class Sharded(Divided):
         return nullcontext()
 
 
-def parallelize(objective: Objective, mesh: Mesh, compile_mode: str, *, deterministic: bool = False) -> Parallel:
+def parallelize(
+    objective: Objective,
+    mesh: Mesh,
+    compile_mode: str,
+    *,
+    communication: CommunicationConfig | None = None,
+    deterministic: bool = False,
+) -> Parallel:
     """``objective`` compiled, and joined with those of the other ranks; it is changed in place.
 
     Its parameters may be others afterwards: make optimizers and averages of them then.
 
     Args:
         compile_mode: of torch.compile, or ``off``.
+        communication: how copies exchange gradients.
 
     Raises:
         ConfigError: a divided model with captured graphs, whose tensors must stay where they are.
@@ -141,9 +164,11 @@ def parallelize(objective: Objective, mesh: Mesh, compile_mode: str, *, determin
         # Between blocks, weights are gathered: each is compiled for itself, and equal ones once.
         for part in [objective] if mesh.plain else blocks_of(objective.model):
             part.compile(mode=None if compile_mode == "default" else compile_mode)
-    if mesh.plain:
-        return Replicated(objective, deterministic) if mesh.copies > 1 else Parallel(objective)
-    return Sharded(objective, mesh) if mesh.copies > 1 else Divided(objective)
+    if not mesh.plain:
+        return Sharded(objective, mesh) if mesh.copies > 1 else Divided(objective)
+    if mesh.copies == 1:
+        return Parallel(objective)
+    return Replicated(objective, communication or CommunicationConfig(), mesh.world, deterministic)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

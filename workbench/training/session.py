@@ -30,6 +30,7 @@ from workbench.run import Run
 from workbench.training import decisions, environment, repro, sources
 from workbench.training.balance import SETTING, Balance, first_shares
 from workbench.training.checkpoint import random_state, set_random_state
+from workbench.training.communication import check_communication, decide_bucket
 from workbench.training.config import TrainConfig
 from workbench.training.control import Command, Control
 from workbench.training.distillation import Distillation
@@ -151,6 +152,9 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
             recorder.emit(finding)
 
     balance = Balance(config.balance, batches, world, reshared)
+    check_communication(config, mesh.sizes, precision.name)
+    exchange = decide_bucket(config, objective, batches, precision, compile_mode, mesh, decided)
+    config = config.model_copy(update={"communication": exchange})
     check_memory(config.memory, world.device, compile_mode, sharded=not mesh.plain)
     memory = settle_memory(config, objective, batches, precision.name, compile_mode, world, decided)
     config = config.model_copy(update={"memory": memory})

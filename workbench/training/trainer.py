@@ -61,7 +61,9 @@ class Trainer:
         mesh: Mesh,
         balance: Balance,
     ) -> None:
-        self.parallel = parallelize(objective, mesh, compile_mode, deterministic=config.deterministic)
+        self.parallel = parallelize(
+            objective, mesh, compile_mode, communication=config.communication, deterministic=config.deterministic
+        )
         self.config, self.objective, self.batches, self.precision = config, objective, batches, precision
         self.probes, self.recorder, self.control, self.world = probes, recorder, control, mesh.world
         self.model, self.trained = objective.model, objective.trained
@@ -75,7 +77,7 @@ class Trainer:
         self.total_steps = min(planned, config.max_steps or planned)
         self.schedule = Schedule(config.schedule, config.optim.lr, self.total_steps)
         self.meter = Meter(config.log_every, mesh.world, self._report)
-        self.clock, self.balance = StepClock(mesh.world.device, batches), balance
+        self.clock, self.balance = StepClock(mesh.world.device, batches, self.parallel.payload), balance
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.stopped = False
@@ -237,6 +239,8 @@ class Trainer:
         self.control.skip_to(self.step)
         self.schedule.scale, self.metrics = facts["lr_scale"], facts["metrics"]
         self.average.load({name.removeprefix("ema."): value for name, value in extra.items()})
+        for name, value in self.parallel.carried().items():
+            value.copy_(extra.get(f"exchange.{name}", value))  # a rank that the checkpoint does not know begins anew
         if self.clipper is not None and "clipper" in extra:
             self.clipper.state = extra["clipper"].to(self.world.device)
         if "scaler" in extra:
@@ -248,6 +252,7 @@ class Trainer:
     def _extra(self) -> dict[str, Tensor]:
         """Tensors of the state beside model, optimizer and random generators; a template before the first step."""
         extra = {f"ema.{name}": value for name, value in self.average.state.items()}
+        extra |= {f"exchange.{name}": value for name, value in self.parallel.carried().items()}
         if self.clipper is not None and self.clipper.mode == "dynamic":
             extra["clipper"] = torch.zeros(3) if self.clipper.state is None else self.clipper.state.cpu()
         if self.precision.scaler.is_enabled():

@@ -1,0 +1,97 @@
+"""Gradients exchanged in pieces, rounded, as low-rank factors: against the exact mean, in one pair of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from workbench import TrainConfig, launch
+from workbench.errors import ConfigError
+from workbench.training.communication import check_communication
+from workbench.training.lowrank import orthonormal
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks found; see exchange.py."""
+    out = tmp_path_factory.mktemp("exchange") / "found.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    program = Path(__file__).with_name("exchange.py")
+    ran = subprocess.run([*command, str(program), str(out)], env=environment, timeout=120, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    ranks: list[dict[str, Any]] = json.loads(out.read_text())
+    return ranks
+
+
+def test_pieces_change_nothing_and_rounding_little(found: list[dict[str, Any]]) -> None:
+    """In micro-steps, of which the last exchanges what all have gathered."""
+    for rank in found:
+        compared = rank["compare"]
+        assert compared["whole"] == {"distance": 0, "payload": 4 * 74762, "buckets": 1}
+        assert compared["small buckets"]["distance"] == 0 and compared["small buckets"]["buckets"] > 1
+        assert 0 < compared["bf16"]["distance"] < 2**-8  # half of a bf16's last bit, and of another's
+        assert compared["bf16"]["payload"] * 2 == compared["whole"]["payload"]
+    assert found[0]["compare"] == found[1]["compare"]
+
+
+def test_low_rank_factors_keep_back_what_they_do_not_tell(found: list[dict[str, Any]]) -> None:
+    """Exact steps are exact; a higher rank is nearer; in float64, what ten steps left out is the mean of what ranks hold."""
+    for rank in found:
+        compared = rank["compare"]
+        assert compared["powersgd, exact steps"]["distance"] == 0
+        assert 0 < compared["powersgd 16"]["distance"] < compared["powersgd 4"]["distance"] < 1
+        assert compared["powersgd 4"]["payload"] < compared["whole"]["payload"] / 10
+        assert rank["kept"]["left out"] > 0.1 and rank["kept"]["apart"] < 1e-13
+        assert rank["kept"]["goes on"]
+        assert rank["recovered"] < 1e-9  # a gradient of that rank, and one that is zero at first
+
+
+def test_the_size_of_buckets_is_measured_once_and_nothing_is_changed_by_it(found: list[dict[str, Any]]) -> None:
+    one, other = (rank["measured"] for rank in found)
+    assert one == other and one["bucket"] in (5.0, 25.0, "whole")
+    assert "5 MiB" in one["reason"] and "whole" in one["reason"]
+    assert one["unchanged"] and one["reused"] and one["detached"] == 0
+
+
+def test_columns_at_right_angles_without_those_that_add_nothing() -> None:
+    torch.manual_seed(0)
+    columns = torch.randn(3, 20, 4, dtype=torch.float64)
+    columns[1, :, 2] = columns[1, :, 0] - 2 * columns[1, :, 1]
+    columns[2] = 0
+    made = orthonormal(columns)
+    products = made.mT @ made
+    expected = torch.stack([torch.eye(4), torch.diag(torch.tensor([1.0, 1.0, 0.0, 1.0])), torch.zeros(4, 4)]).double()
+    torch.testing.assert_close(products, expected, atol=1e-7, rtol=0)
+    torch.testing.assert_close(made @ (made.mT @ columns), columns)
+
+
+def test_low_rank_errors_survive_a_stop(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Stopped and resumed, a run has the losses of one that never stopped; it learns."""
+    settings = {"model.args": {"dropout": 0.0, "width": 64}, "communication.compress": "powersgd", "communication.start": 2}
+    chosen = config(**settings, **{"communication.rank": 2, "epochs": 2})
+    whole = launch(chosen, nproc=2, root=tmp_path).wait(timeout=120)
+    stopped = launch(chosen, nproc=2, root=tmp_path, replay=[(7, "stop", {})]).wait(timeout=120)
+    stopped.resume().wait(timeout=120)
+    np.testing.assert_array_equal(stopped.history["loss"], whole.history["loss"])
+    assert whole.history["loss"].iloc[-3:].mean() < whole.history["loss"].iloc[:3].mean()
+
+
+def test_what_does_not_go_together_is_refused_in_words() -> None:
+    config = TrainConfig(communication={"compress": "powersgd"})
+    with pytest.raises(ConfigError, match="mesh.shard=2 splits one"):
+        check_communication(config, {"replicate": 1, "shard": 2}, "bf16")
+    with pytest.raises(ConfigError, match="changes the scale"):
+        check_communication(config, {"replicate": 2}, "fp16")
+    check_communication(TrainConfig(), {"replicate": 1, "shard": 2}, "fp16")
+    with pytest.raises(ConfigError, match="communication.bucket"):
+        TrainConfig(communication={"bucket": 0})
