@@ -65,7 +65,7 @@ def room(device: torch.device) -> int:
 
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         if limit != resource.RLIM_INFINITY:
-            found.append(limit - process.memory_info().vms)
+            found.append(limit - process.memory_info().vms + _free_in_heap())
     with suppress(OSError, ValueError):  # a container's limit; the word "max" where there is none
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         found.append(limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
@@ -83,6 +83,11 @@ def forget(error: BaseException) -> None:
     while seen is not None:
         traceback.clear_frames(seen.__traceback__)
         seen = seen.__cause__ or seen.__context__
+    give_back()
+
+
+def give_back() -> None:
+    """Collect what is held only in circles, and return what the allocator has cached to the device, for other processes."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -117,6 +122,21 @@ def _on_cuda(call: Callable[[], Any]) -> Held:
     call()
     torch.cuda.synchronize()
     return Held(torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before)
+
+
+def _free_in_heap() -> int:
+    """Bytes that the C library keeps for this process to use again (glibc 2.33 and later)."""
+
+    class Info(ctypes.Structure):
+        _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+        _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
+
+    try:
+        read = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError, TypeError):
+        return 0
+    read.restype = Info
+    return int(read().fordblks)
 
 
 @contextmanager

@@ -160,7 +160,7 @@ def choose(trial: Trial, memory: MemoryConfig, samples: int, setting: Setting, b
             if found.fits(budget):
                 break
         if found.fits(budget) and plan == MemoryConfig():
-            return Choice(plan, f"{_told(found, budget)} as it is", [found], budget)
+            return Choice(plan, f"{_told(found, budget)}, and nothing is faster", [found], budget)
     fitting = [entry for entry in tried.values() if entry.fits(budget)]
     if not fitting:
         least = min(tried.values(), key=lambda entry: entry.predicted)
@@ -225,7 +225,7 @@ def settle_memory(
     if any(f"memory.{name}" not in decided.made for name in wanted):
         box: list[Any] = [None]
         if world.main:
-            trial = Trial(objective, _batch(batches), config.optim, held=_travelling(objective) if world.size > 1 else 0)
+            trial = Trial(objective, sample_batch(batches), config.optim, held=travelling(objective) if world.size > 1 else 0)
             captured = compile_mode in ("reduce-overhead", "max-autotune")
             budget = free_for(trial) if memory.budget is None else int(memory.budget * GIB)
             try:
@@ -244,7 +244,7 @@ def settle_memory(
     return memory.override({name: decided.made[f"memory.{name}"]["value"] for name in wanted})
 
 
-def _batch(batches: Batches) -> tuple[Any, Tensor]:
+def sample_batch(batches: Batches) -> tuple[Any, Tensor]:
     """A micro-batch of this rank. Training samples are on the device afterwards, if that is where they wait."""
     if batches.in_memory:
         return next(iter(next(iter(batches.epoch(0)))))
@@ -254,7 +254,7 @@ def _batch(batches: Batches) -> tuple[Any, Tensor]:
     return (x[rows] if isinstance(x, Tensor) else x), y[rows]
 
 
-def _travelling(objective: Objective) -> int:
+def travelling(objective: Objective) -> int:
     """Bytes that copies on several ranks keep for gradients on their way."""
     return sum(p.numel() * p.element_size() for p in objective.trained.parameters() if p.requires_grad)
 

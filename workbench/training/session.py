@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import traceback
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from workbench import events, launcher
+from workbench.allocator import ran_out
 from workbench.artefact import save_model
 from workbench.data.batches import Batches, Shard, Target, derive_seed
 from workbench.data.mix import mix_targets
@@ -28,6 +30,7 @@ from workbench.probes import PROBES, Probe, ProbeSet
 from workbench.registry import find_source
 from workbench.run import Run
 from workbench.training import decisions, environment, repro, sources
+from workbench.training.advice import Advice, advise
 from workbench.training.balance import SETTING, Balance, first_shares
 from workbench.training.checkpoint import random_state, set_random_state
 from workbench.training.communication import check_communication, decide_bucket
@@ -35,7 +38,7 @@ from workbench.training.config import TrainConfig
 from workbench.training.control import Command, Control
 from workbench.training.distillation import Distillation
 from workbench.training.economy import check_memory
-from workbench.training.fitting import settle_memory
+from workbench.training.fitting import GIB, settle_memory
 from workbench.training.mesh import Mesh
 from workbench.training.objective import Objective
 from workbench.training.precision import Precision
@@ -76,12 +79,14 @@ def execute(run: Run, attempt: int, *, data: Any = None) -> Trainer:
                 _finish(trainer, run, recorder, world)
             return trainer
         except BaseException as error:
-            said = in_words(error, config) if config is not None else error
+            trace = traceback.format_exc()
+            advice = advise(trainer, error) if trainer is not None and ran_out(error) else None
+            said = in_words(error, config, advice) if config is not None else error
             failed = events.Failed(
                 step=trainer.step if trainer else 0,
                 error=type(said).__name__,
                 message=str(said) if isinstance(said, WorkbenchError) else f"{type(said).__name__}: {said}",
-                traceback=traceback.format_exc(),
+                traceback=trace,
             )
             with suppress(WorkbenchError, OSError):
                 if recorder is not None:
@@ -285,21 +290,21 @@ def _finish(trainer: Trainer, run: Run, recorder: Recorder, world: World) -> Non
             recorder.emit(events.Finished(step=trainer.step, metrics=trainer.metrics))
 
 
-def in_words(error: BaseException, config: TrainConfig) -> BaseException:
+def in_words(error: BaseException, config: TrainConfig, advice: Advice | None = None) -> BaseException:
     """An error that says what to do, where we know; otherwise the error itself."""
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-        more = config.accumulate * 2
-        advice = [f"accumulate={more} (halves the activations, same gradients)"]
-        if config.precision in ("fp32", "tf32"):
-            advice.append("precision=bf16")
-        if config.data.placement == "auto":
-            advice.append("data.placement=loader")
-        advice.append(f"data.batch_size={max(1, config.data.batch_size // 2)}")
-        short = text.split(". ")[0]
-        return MemoryExhausted(
-            f"Out of memory with data.batch_size={config.data.batch_size}: {short}.", "Try " + ", or ".join(advice) + "."
-        )
+    if ran_out(error):
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
+        what = f"Out of memory with data.batch_size={config.data.batch_size}{f', asking for {asked[1]}' if asked else ''}."
+        if advice is not None:
+            what += f" A step takes about {advice.needed / GIB:.3g} GiB, and there are {advice.available / GIB:.3g} for it."
+        if advice is not None and advice.remedies:
+            fitting = "; ".join(map(str, advice.remedies))
+            return MemoryExhausted(what, f"Set one of these, each proved by a step to fit: {fitting}.")
+        untested = [f"accumulate={config.accumulate * 2}", f"data.batch_size={max(1, config.data.batch_size // 2)}"]
+        untested[1:1] = ["precision=bf16"] if config.precision in ("fp32", "tf32") else []
+        untested[1:1] = ["memory.recompute=1"] if not config.memory.recompute else []
+        return MemoryExhausted(what, f"Try {', or '.join(untested)}; none of it could be tested.")
     if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in text:
         return DeviceError(
             f"deterministic=true, but {text.split()[0]} has no algorithm here that repeats bit for bit.",

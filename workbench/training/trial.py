@@ -94,7 +94,7 @@ class Trial:
                     self._wait()
                     seconds.append(time.perf_counter() - start)
         except Exception as error:
-            if not ran_out(error):
+            if not ran_out(error) and "could not create a" not in str(error):  # what oneDNN says when it gets no memory
                 raise
             forget(error)
             return None
@@ -157,7 +157,10 @@ class Trial:
         size = 2 if near is None else max(2, near // 16)
         sizes: list[int] = []
         peaks: list[int] = []
-        while (cost := self.measure(size, setting)) is not None:
+        while (cost := self.measure(size, setting)) is not None or (not peaks and size > 1):
+            if cost is None:
+                size //= 2
+                continue
             sizes.append(size)
             peaks.append(cost.peak)
             each = [(b - a) / (m - n) for a, b, n, m in zip(peaks, peaks[1:], sizes, sizes[1:], strict=False)]
