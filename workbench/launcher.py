@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -246,6 +247,7 @@ def _spawn(folder: Path, nproc: int, attempt: int, command: list[str]) -> Proces
             start_new_session=True,
         )
     _children[child.pid] = child
+    threading.Thread(target=child.wait, name="workbench-child", daemon=True).start()  # else it stays a zombie
     process = Process.of(child.pid)
     claimed = Attempt.latest(folder)
     supervised = "workbench.supervisor" in command

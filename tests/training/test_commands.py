@@ -82,6 +82,72 @@ def test_a_run_obeys_while_it_trains_and_repeats_from_its_code(
     assert_same(again, run)
 
 
+CLOCK = """
+import os, pathlib, sys, time
+sys.path.insert(0, {folder!r})
+import net as nets
+
+class Clock(nets.nn.Module):
+    def forward(self, x):
+        if self.training:
+            with open(pathlib.Path({clocks!r}) / os.environ["RANK"], "a") as file:
+                file.write(f"{{time.time()}}\\n")
+            time.sleep(0.3)
+        return x
+
+def net(num_classes=10, in_channels=1):
+    return nets.nn.Sequential(Clock(), nets.net(num_classes, in_channels, dropout=0.0))
+"""
+"""A model that writes down when each rank begins each step."""
+
+
+def test_four_ranks_obey_after_the_same_step_within_two(
+    config: Callable[..., TrainConfig], until: Callable[..., Any], tmp_path: Path
+) -> None:
+    clocks = tmp_path / "clocks"
+    clocks.mkdir()
+    (tmp_path / "clock.py").write_text(CLOCK.format(folder=str(Path(__file__).parent), clocks=str(clocks)))
+    every = {"probes__gradients__every": 1, "probes__activations__every": 0}
+    slow = config(epochs=9, model__name=f"{tmp_path / 'clock.py'}:net", log_every=1, **every)
+    run = launch(slow, nproc=4, root=tmp_path)
+
+    def begun(rank: int = 0) -> int:
+        """Steps that a rank has begun."""
+        path = clocks / str(rank)
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    def post(name: str, *settings: Any) -> tuple[int, int]:
+        """Post a command as a step begins: that step, and the one after which the command took effect."""
+        count = begun()
+        until(lambda: begun() > count, 60)
+        underway = begun()
+        run.set(**settings[0]) if settings else getattr(run, name)()
+        until(lambda: applied(run).get(name, 0) >= underway, 60)
+        return underway, applied(run)[name]
+
+    until(lambda: begun() > 2, 120)
+    lags = {}
+    for name, *settings in (("set", {"lr": 1e-4}), ("pause",)):
+        underway, step = post(name, *settings)
+        lags[name] = step - underway
+    until(lambda: run.status == "paused")
+    time.sleep(0.7)
+    assert {begun(rank) for rank in range(4)} == {step}  # nobody went on
+    run.resume()
+    until(lambda: begun() > step, 60)
+    underway, step = post("stop")
+    lags["stop"] = step - underway
+    run.wait(timeout=60)
+    print(f"steps from the one underway to the command's: {lags}")
+    assert all(0 <= lag <= 2 for lag in lags.values())
+    assert run.status == "stopped" and {begun(rank) for rank in range(4)} == {step}
+    changed = applied(run)["set"]
+    assert (run.history["lr"].iloc[changed:] < 1.01e-4).all() and run.history["lr"].iloc[changed - 1] > 1e-4
+    readings = run.readings("gradients")
+    norms = readings.pivot_table(index=["step", "layer"], columns="rank", values="weight_norm")
+    assert list(norms) == [0, 1, 2, 3] and norms.eq(norms[0], axis=0).all().all()  # the new rate took hold at the same step
+
+
 def test_a_stopped_run_repeats_to_where_it_stopped(
     config: Callable[..., TrainConfig], assert_same: Callable[..., None], tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from workbench import launcher
-from workbench.errors import RunError
+from workbench.errors import RunError, WorkbenchError
 from workbench.run import Replay, Run
 from workbench.storage import dump_object
 from workbench.training.config import TrainConfig
@@ -18,7 +18,7 @@ from workbench.training.config import TrainConfig
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["TrainConfig", "TrainResult", "prepare", "train"]
+__all__ = ["TrainConfig", "TrainResult", "carry_out", "prepare", "train"]
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,29 @@ def train(
     Raises:
         WorkbenchError: in words; the run folder says the same.
     """
+    run = prepare(config, model=model, data=data, root=root, replay=replay, detached=False)
+    return carry_out(run, data=data)
+
+
+def carry_out(run: Run, *, data: Any = None) -> TrainResult:
+    """Train in this process what a run folder holds, from its last checkpoint; keep no memory but that of the model.
+
+    Raises:
+        WorkbenchError: in words; its frames are emptied, as a notebook keeps the last error, and with it all they hold.
+    """
+    from workbench.allocator import forget, give_back
     from workbench.training.session import execute
 
-    run = prepare(config, model=model, data=data, root=root, replay=replay, detached=False)
     attempt = launcher.claim(run.path, 1)
-    trainer = execute(run, attempt, data=data)
-    return TrainResult(run, trainer.model, trainer.metrics)
+    try:
+        trainer = execute(run, attempt, data=data)
+    except WorkbenchError as error:
+        forget(error)
+        raise
+    result = TrainResult(run, trainer.model, trainer.metrics)
+    del trainer
+    give_back()
+    return result
 
 
 def prepare(
