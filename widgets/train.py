@@ -33,6 +33,12 @@ FIRST = ("data.name", "model.name", "optim.name", "optim.lr", "epochs", "data.ba
 HELD_OUT = frozenset(("val_loss", "loss"))
 """Metrics drawn beside the training loss."""
 
+COUNTS = {
+    "nproc": ("processes", 1, "Processes on this machine, one per accelerator"),
+    "restarts": ("restarts", 0, "How often all start again from the last checkpoint after one was lost"),
+}
+"""What a launch takes beside its config: label, least value, what it means."""
+
 ACTIONS = {
     "running": ("pause", "stop"),
     "hung": ("pause", "stop"),
@@ -60,7 +66,7 @@ class TrainPanel(Panel):
     def __init__(self, config: TrainConfig | None = None, run: Run | None = None) -> None:
         super().__init__()
         self.run: Run | None = run if run is not None else find_run(config)
-        self._nproc = "1"
+        self._counts = {"nproc": "1", "restarts": "0"}
         self._initial = config or _config_of(self.run) or TrainConfig()
         self._form: Form[TrainConfig] | None = None
         self._error, self._busy = Html(), ""
@@ -96,7 +102,9 @@ class TrainPanel(Panel):
             config = self.config.to_code()
         except ConfigError as error:
             return f"# {error}"
-        return f"from workbench import TrainConfig, launch\n\nconfig = {config}\nrun = launch(config, nproc={self._nproc})\n"
+        nproc, restarts = self._counts.values()
+        call = f"launch(config, nproc={nproc}" + (f", restarts={restarts})" if int(restarts) else ")")
+        return f"from workbench import TrainConfig, launch\n\nconfig = {config}\nrun = {call}\n"
 
     def start(self) -> None:
         """Do what the Start button does; returns at once."""
@@ -127,7 +135,8 @@ class TrainPanel(Panel):
     def _build(self) -> ipywidgets.Widget:
         self._form = Form(TrainConfig, self._initial, first=FIRST)
         self._form.on_change(lambda config: self._refresh_start())
-        self._launcher = Surface(on={"start": lambda value, values: self.start(), "nproc": self._set_nproc})
+        counts = {name: self._setter(name) for name in COUNTS}
+        self._launcher = Surface(on={"start": lambda value, values: self.start(), **counts})
         actions = {name: self._action(name) for name in ("pause", "resume", "stop", "rate")}
         self._header = Surface(self._header_html("created"), on=actions)
         self._loss = self._own(
@@ -164,10 +173,13 @@ class TrainPanel(Panel):
         assert form is not None
         wrong = next((f"{path}: {words}" for path, words in form.errors.items() if path), "")
         starting = self._busy == "start"
-        words = {"data_input": "nproc", "value": self._nproc, "title": "Processes on this machine, one per accelerator"}
+        counts = [
+            tag("label", f"{label} ", self._count_input(name, title), cls="row quiet")
+            for name, (label, _, title) in COUNTS.items()
+        ]
         line = tag(
             "div",
-            tag("label", "processes ", tag("input", type="text", name="nproc", inputmode="numeric", **words), cls="row quiet"),
+            *counts,
             tag("span", cls="grow"),
             button("Starting…" if starting else "Start training", "start", primary=True, off=bool(form.message) or starting),
             cls="row wb-launch",
@@ -229,13 +241,22 @@ class TrainPanel(Panel):
 
     # -- actions ---------------------------------------------------------------------------------------------------
 
-    def _set_nproc(self, value: Any, _values: Mapping[str, Any]) -> None:
-        text = str(value).strip()
-        right = text.isdigit() and int(text) > 0
-        self._error = Html() if right else theme.notice(f"processes={text!r} must be a whole number of at least 1.")
-        if not self._error:
-            self._nproc = text
-        self._refresh_start()
+    def _count_input(self, name: str, title: str) -> Html:
+        words = {"data_input": name, "value": self._counts[name], "title": title}
+        return tag("input", type="text", name=name, inputmode="numeric", **words)
+
+    def _setter(self, name: str) -> Callable[[Any, Mapping[str, Any]], None]:
+        label, least, _ = COUNTS[name]
+
+        def set_count(value: Any, _values: Mapping[str, Any]) -> None:
+            text = str(value).strip()
+            right = text.isdecimal() and int(text) >= least
+            self._error = Html() if right else theme.notice(f"{label}={text!r} must be a whole number of at least {least}.")
+            if right:
+                self._counts[name] = text
+            self._refresh_start()
+
+        return set_count
 
     def _action(self, name: str) -> Callable[[Any, Mapping[str, Any]], None]:
         def act(_value: Any, values: Mapping[str, Any]) -> None:

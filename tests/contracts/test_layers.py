@@ -29,6 +29,7 @@ diagnosis
 attribution_config attribution
 training
 memory
+cluster
 compress
 deploy
 comparison

@@ -87,8 +87,12 @@ class TestTrainPanel:
         assert "not a whole number" in panel._launcher.html
         panel.form.type("epochs", "3")
         assert "disabled" not in panel._launcher.html
-        panel._launcher.act("nproc", "zero")
-        assert "whole number" in panel._launcher.html
+        for name, wrong, right in (("nproc", "zero", "2"), ("restarts", "-1", "3")):
+            panel._launcher.act(name, wrong)
+            assert "whole number" in panel._launcher.html
+            panel._launcher.act(name, right)
+            assert "whole number" not in panel._launcher.html
+        assert "launch(config, nproc=2, restarts=3)" in panel.code
         panel.close()
 
     def test_start_returns_at_once_and_runs_that_very_code(self, live: None, runs: Path, until: Any) -> None:
