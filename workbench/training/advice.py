@@ -13,7 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from workbench.allocator import forget
-from workbench.errors import WorkbenchError
 from workbench.training.fitting import GIB, free_for, sample_batch, travelling
 from workbench.training.parallel import blocks_of
 from workbench.training.trial import Line, Setting, Trial
@@ -59,7 +58,7 @@ def advise(trainer: Trainer, error: BaseException) -> Advice | None:
         return None
     try:
         return _Search(trainer, error).advice()
-    except (WorkbenchError, RuntimeError, OSError, MemoryError):  # past helping: the first error is the one to tell
+    except Exception:  # past helping: the first error is the one to tell
         return None
 
 

@@ -52,7 +52,7 @@ class Choice:
     Attributes:
         memory: what to train with.
         reason: why.
-        tried: everything that was measured.
+        tried: everything that was predicted or measured, the largest first.
         budget: bytes.
     """
 
@@ -161,6 +161,8 @@ def choose(trial: Trial, memory: MemoryConfig, samples: int, setting: Setting, b
                 break
         if found.fits(budget) and plan == MemoryConfig():
             return Choice(plan, f"{_told(found, budget)}, and nothing is faster", [found], budget)
+    for plan, line in lines.items():
+        tried.setdefault(plan, Tried(plan, line.at(samples)))
     fitting = [entry for entry in tried.values() if entry.fits(budget)]
     if not fitting:
         least = min(tried.values(), key=lambda entry: entry.predicted)
@@ -170,11 +172,11 @@ def choose(trial: Trial, memory: MemoryConfig, samples: int, setting: Setting, b
             "Set accumulate higher, data.batch_size lower, or memory.budget to that.",
         )
     best = min(fitting, key=lambda entry: entry.measured.seconds if entry.measured else math.inf)
-    reason = _told(best, budget) + (f", the fastest of {len(tried)} tried" if len(fitting) > 1 else "")
-    plain = lines.get(MemoryConfig())
-    if plain is not None:
-        reason += f"; keeping everything would take {plain.at(samples) / GIB:.3g} GiB"
-    return Choice(best.memory, reason, list(tried.values()), budget)
+    reason = _told(best, budget) + (f", the fastest of {len(fitting)} that fit" if len(fitting) > 1 else "")
+    if (plain := tried.get(MemoryConfig())) is not None:
+        reason += f"; keeping everything would take {plain.predicted / GIB:.3g} GiB"
+    order = sorted(tried.values(), key=lambda entry: -entry.predicted)
+    return Choice(best.memory, reason, order, budget)
 
 
 def largest(trial: Trial, setting: Setting, budget: int, *, prove: bool = True) -> LargestBatch:
