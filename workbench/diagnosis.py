@@ -1,8 +1,9 @@
 """Readings → findings in words, each with a remedy: a dict of config overrides.
 
 :func:`diagnose` runs every rule of :data:`RULES` over a run's tables (those of :class:`workbench.run.Run`: ``history`` and the
-readings ``gradients`` and ``activations``). A rule is a pure function from :class:`Tables` to findings, one a fault: it names
-the worst layer and counts the others. Thresholds look at the recent readings only, so a fault that was cured is not reported.
+readings ``gradients``, ``activations`` and ``communication``). A rule is a pure function from :class:`Tables` to findings, one
+a fault: it names the worst layer and counts the others. Thresholds look at the recent readings only, so a fault that was cured
+is not reported.
 
 A rule is added by decorating it with :func:`rule`.
 """
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 RECENT = 5
 """Readings that count as recent."""
 
+SLOW_NETWORK = 10.0
+"""Gb/s below which a network between hosts holds training back."""
+
 SEVERITIES = ("error", "warning", "info")
 
 
@@ -31,6 +35,7 @@ class Tables:
     history: pd.DataFrame
     gradients: pd.DataFrame
     activations: pd.DataFrame
+    communication: pd.DataFrame
 
     @property
     def lr(self) -> float:
@@ -55,7 +60,10 @@ def rule(function: Rule) -> Rule:
 
 
 def diagnose(
-    history: pd.DataFrame | None = None, gradients: pd.DataFrame | None = None, activations: pd.DataFrame | None = None
+    history: pd.DataFrame | None = None,
+    gradients: pd.DataFrame | None = None,
+    activations: pd.DataFrame | None = None,
+    communication: pd.DataFrame | None = None,
 ) -> list[Finding]:
     """What is wrong with a run, worst first; empty when nothing is.
 
@@ -63,6 +71,7 @@ def diagnose(
         history: ``run.history``.
         gradients: ``run.readings("gradients")``.
         activations: ``run.readings("activations")``.
+        communication: ``run.readings("communication")``.
 
     Example:
         >>> for finding in diagnose(run.history, run.readings("gradients"), run.readings("activations")):
@@ -70,7 +79,7 @@ def diagnose(
     """
     import pandas as pd
 
-    tables = Tables(*(pd.DataFrame() if t is None else t for t in (history, gradients, activations)))
+    tables = Tables(*(pd.DataFrame() if t is None else t for t in (history, gradients, activations, communication)))
     found = [finding for check in RULES.values() for finding in check(tables)]
     return sorted(found, key=lambda f: SEVERITIES.index(f.severity))
 
@@ -247,6 +256,71 @@ def saturated_activations(tables: Tables) -> list[Finding]:
     return [_finding("saturated_activations", "warning", _last(tables.activations), message, remedy, str(stuck.index[0]))]
 
 
+# -- where a step's time goes ------------------------------------------------------------------------------------------
+
+
+@rule
+def slow_rank(tables: Tables) -> list[Finding]:
+    """The other ranks wait for one that takes longer over its own work."""
+    typical = _by_rank(tables.communication)
+    if len(typical) < 2:
+        return []
+    busy = typical["busy"].sort_values()
+    slow, own = int(busy.index[-1]), float(busy.iloc[-1])
+    others, idle = float(busy.iloc[:-1].median()), float(typical["exposed"].drop(slow).median())
+    step = own + float(typical["exposed"][slow])
+    if own < 1.2 * others or idle < 0.1 * step:
+        return []
+    waits = float(typical["waited"][slow]) > 0.5 * (own - others)
+    why = ", mostly waiting for samples" if waits else ""
+    message = (
+        f"Rank {slow} takes {1000 * own:.3g} ms over its part of a step{why}, the others {1000 * others:.3g} ms: "
+        f"they wait {100 * idle / step:.0f} % of the time."
+    )
+    remedy = {"data.placement": "device"} if waits else {"balance.shares": "speed"}
+    return [_finding("slow_rank", "warning", _last(tables.communication), message, remedy)]
+
+
+@rule
+def slow_network(tables: Tables) -> list[Finding]:
+    """Every rank waits for gradients, and between their hosts lies a slow network."""
+    share, seconds, payload, network = _on_the_wire(tables.communication)
+    if share < 0.05 or not network < SLOW_NETWORK:
+        return []
+    message = (
+        f"A network of {network:.3g} Gb/s links the hosts: all ranks wait for {payload / 1e6:.3g} MB of gradients a step, "
+        f"{1000 * seconds:.3g} ms or {100 * share:.0f} % of it."
+    )
+    remedy = {"communication.compress": "powersgd"}
+    return [_finding("slow_network", "warning", _last(tables.communication), message, remedy)]
+
+
+@rule
+def exposed_communication(tables: Tables) -> list[Finding]:
+    """Every rank waits for gradients on the wire, the one that computes longest too; unless a slow network is why."""
+    share, seconds, payload, network = _on_the_wire(tables.communication)
+    if share < 0.15 or network < SLOW_NETWORK:
+        return []
+    what = f"{payload / 1e6:.3g} MB of gradients" if payload else "gradients on the wire"
+    message = f"All ranks wait for {what} for {1000 * seconds:.3g} ms of each step, {100 * share:.0f} % of it."
+    remedy = {"communication.compress": "bf16", "communication.bucket": "auto"}
+    return [_finding("exposed_communication", "warning", _last(tables.communication), message, remedy)]
+
+
+@rule
+def starved_step(tables: Tables) -> list[Finding]:
+    """Every rank spends much of its steps waiting for samples."""
+    typical = _by_rank(tables.communication)
+    if typical.empty:
+        return []
+    share = float((typical["waited"] / (typical["busy"] + typical["exposed"])).min())
+    if share < 0.2:
+        return []
+    message = f"Steps wait for samples {100 * share:.0f} % of the time."
+    remedy = {"data.placement": "device", "data.workers": 8}
+    return [_finding("starved_step", "warning", _last(tables.communication), message, remedy)]
+
+
 # -- shared -----------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +374,24 @@ def _by_layer(activations: pd.DataFrame) -> pd.DataFrame:
         return recent
     how = dict.fromkeys(("count", "mean", "std", "zeros"), "median") | {"min": "min", "max": "max", "nonfinite": "max"}
     return recent.groupby("layer", sort=False).agg(how)
+
+
+def _by_rank(communication: pd.DataFrame) -> pd.DataFrame:
+    """Medians over recent readings, one row a rank; empty before there are three to go by."""
+    known = communication[_finite(communication["busy"])] if "busy" in communication else communication
+    if known.empty or known["step"].nunique() < 3:
+        return known.iloc[:0]
+    return _recent(known).groupby("rank")[["busy", "waited", "exposed", "payload", "network"]].median()
+
+
+def _on_the_wire(communication: pd.DataFrame) -> tuple[float, float, float, float]:
+    """What the rank that waits least waits, as a share of a step and in seconds; bytes it gives; Gb/s of the network or NaN."""
+    typical = _by_rank(communication)
+    if len(typical) < 2:
+        return 0.0, 0.0, 0.0, float("nan")
+    last = typical.sort_values("exposed").iloc[0]
+    exposed = float(last["exposed"])
+    return exposed / (float(last["busy"]) + exposed), exposed, float(typical["payload"].max()), float(typical["network"].min())
 
 
 def _last(table: pd.DataFrame) -> int:

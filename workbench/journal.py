@@ -104,7 +104,7 @@ class ReadingsReader:
             parts = list(parts)
         if not parts:
             kinds = sorted({p.name.rsplit("-", 3)[0] for p in self._folder.glob("*.arrow")})
-            if kinds and kind not in ("gradients", "activations", "memory"):
+            if kinds and kind not in ("gradients", "activations", "memory", "communication"):
                 raise RunError(f"This run has no readings named {kind!r}.", f"It has: {', '.join(kinds)}.")
             return pd.DataFrame({"step": pd.Series(dtype="int64"), "rank": pd.Series(dtype="int64")})
         frames = []

@@ -51,8 +51,8 @@ def render(run: Run) -> str:
         loader=jinja2.PackageLoader("workbench", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     history, config = run.history, run.config
-    gradients, activations = run.readings("gradients"), run.readings("activations")
-    found = {(f.name, f.layer): f for f in [*run.findings, *diagnose(history, gradients, activations)]}
+    gradients, activations, communication = map(run.readings, ("gradients", "activations", "communication"))
+    found = {(f.name, f.layer): f for f in [*run.findings, *diagnose(history, gradients, activations, communication)]}
     repro = run.path / "repro.py"
     return environment.get_template("report.html.j2").render(
         run=run,
@@ -61,7 +61,7 @@ def render(run: Run) -> str:
         facts=_facts(run),
         error=run.error,
         findings=list(found.values()),
-        charts=[(heading, Markup(drawing)) for heading, drawing in _charts(history, gradients)],
+        charts=[(heading, Markup(drawing)) for heading, drawing in _charts(history, gradients, communication)],
         metrics=run.metrics,
         settings=_settings(config),
         resolved=run.resolved,
@@ -92,7 +92,7 @@ def _facts(run: Run) -> dict[str, str]:
     return facts
 
 
-def _charts(history: pd.DataFrame, gradients: pd.DataFrame) -> Iterator[tuple[str, str]]:
+def _charts(history: pd.DataFrame, gradients: pd.DataFrame, communication: pd.DataFrame) -> Iterator[tuple[str, str]]:
     """(heading, SVG) of each chart that has something to show."""
     if history.empty:
         return
@@ -110,6 +110,12 @@ def _charts(history: pd.DataFrame, gradients: pd.DataFrame) -> Iterator[tuple[st
         bands = {"largest": by_step.max(), "median": by_step.median(), "smallest": by_step.min()}
         curves = [Curve(name, band.index.tolist(), band.tolist()) for name, band in bands.items()]
         yield "Gradient norms over the layers", chart(curves, log=True)
+    if not communication.empty and communication["rank"].nunique() > 1:
+        known = communication[communication["busy"].notna()]
+        share = 100 * known["exposed"] / (known["busy"] + known["exposed"])
+        by_rank = [(f"rank {rank}", share[known["rank"] == rank]) for rank in sorted(known["rank"].unique())]
+        curves = [Curve(name, known["step"][part.index].tolist(), part.tolist()) for name, part in by_rank[:4]]
+        yield "Waits for other ranks, per cent of a step", chart(curves)
     yield "Learning rate", chart([Curve("learning rate", steps, history["lr"].tolist())])
 
 

@@ -205,7 +205,10 @@ class Run:
         return history_of(self.events)
 
     def readings(self, kind: str) -> pd.DataFrame:
-        """What a probe read, all ranks: ``"gradients"``, ``"activations"`` or ``"memory"``; one row a step, rank and layer.
+        """What a probe read, all ranks; one row a step, rank and layer.
+
+        Args:
+            kind: ``"gradients"``, ``"activations"``, ``"memory"``, ``"communication"``, or the name of another probe.
 
         Raises:
             RunError: no probe of that name has written anything, though others have.

@@ -191,7 +191,7 @@ def workbench(epochs: int, compile_mode: str, ranks: int, inspector: bool = True
         checkpoint={"every_epochs": 0},
     )
     if not inspector:
-        config = config.override({f"probes.{kind}.every": 0 for kind in ("gradients", "activations", "memory")})
+        config = config.override({f"probes.{kind}.every": 0 for kind in ("gradients", "activations", "memory", "communication")})
     with tempfile.TemporaryDirectory() as root:
         return rate(launch(config, ranks, root=root).wait() if ranks > 1 else train(config, root=root).run, ranks)
 

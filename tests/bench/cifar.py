@@ -189,7 +189,7 @@ def workbench(epochs: int, compile_mode: str, inspector: bool = True) -> float:
         checkpoint={"every_epochs": 0},
     )
     if not inspector:
-        config = config.override({f"probes.{kind}.every": 0 for kind in ("gradients", "activations", "memory")})
+        config = config.override({f"probes.{kind}.every": 0 for kind in ("gradients", "activations", "memory", "communication")})
     with tempfile.TemporaryDirectory() as root:
         return rate(train(config, root=root).run)
 

@@ -68,7 +68,7 @@ def recipe(full: bool) -> TrainConfig:
         compile="reduce-overhead" if CUDA else "off",
         eval_every=0,
         checkpoint={"every_epochs": 0},
-        probes={kind: {"every": 0} for kind in ("gradients", "activations", "memory")},
+        probes={kind: {"every": 0} for kind in ("gradients", "activations", "memory", "communication")},
     )
 
 

@@ -40,7 +40,7 @@ class Simulation:
         total: optimizer steps of the run.
         every: steps between readings.
         ranks: processes.
-        fault: None, "vanishing", "exploding", "dead" or "nan".
+        fault: None, "vanishing", "exploding", "dead", "nan" or "slow".
     """
 
     def __init__(
@@ -116,6 +116,17 @@ class Simulation:
             self._peak[rank] = max(self._peak[rank], used)
             fields = {"allocated": int(used), "reserved": int(used * 1.2), "peak": int(self._peak[rank]), "total": 17_179_869_184}
             writer.write("memory", pa.table({"step": [self.at], **{k: [v] for k, v in fields.items()}}), self.at)
+            writer.write("communication", pa.table(self._times(rank)), self.at)
+
+    def _times(self, rank: int) -> dict[str, list[object]]:
+        """Of a step of 24 ms; the last rank takes longest over its own work, with ``slow`` by half."""
+        slowest = 0.0225 + 0.0004 * math.sin(self.at / 30)
+        own = slowest - 0.0012 * (self.ranks - 1 - rank) + 0.0002 * math.cos(7 * self.at + rank)
+        if self.fault == "slow" and rank < self.ranks - 1:
+            own -= slowest / 3
+        seconds = {"busy": own, "waited": 0.0008, "exposed": 0.024 - own}
+        known = {"payload": 1_089_896, "bandwidth": 3.09e11, "network": math.nan, "hosts": 1, "link": "NVLink, 18 links"}
+        return {"step": [self.at], **{name: [value] for name, value in (seconds | known).items()}}
 
     def _activations(self) -> pa.Table:
         from widgets.inspector.recording import edges

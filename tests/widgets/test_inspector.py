@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Callable
@@ -279,7 +280,7 @@ class TestInspector:
 
     def test_figures_for_code(self, folder: Path) -> None:
         figures = Inspector(folder).figures()
-        assert set(figures) == {"loss", "gradients", "activations", "memory"}
+        assert set(figures) == {"loss", "gradients", "activations", "memory", "communication"}
         assert len(figures["gradients"].data[0].y) == 29 and len(figures["gradients"].data[0].x) == 80
 
     def test_nothing_recorded_yet(self, tmp_path: Path) -> None:
@@ -437,6 +438,49 @@ class TestDiagnosis:
         table = pd.DataFrame(rows)
         table["nonfinite"] = (table["step"] == 3).astype(int)
         assert not diagnosis.diagnose(gradients=table)
+
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            ({}, None),
+            (
+                {"busy": [0.02, 0.03]},
+                ("slow_rank", "Rank 1 takes 30 ms over its part of a step, the others 20 ms: they wait 37 %"),
+            ),
+            ({"busy": [0.02, 0.03], "waited": [0.0, 0.012]}, ("slow_rank", "mostly waiting for samples")),
+            (
+                {"step": 0.05},
+                ("exposed_communication", "All ranks wait for 440 MB of gradients for 20 ms of each step, 40 % of it"),
+            ),
+            ({"step": 0.05, "network": 1.0}, ("slow_network", "A network of 1 Gb/s links the hosts")),
+            ({"step": 0.032, "network": 1.0}, ("slow_network", "2 ms or 6")),
+            ({"step": 0.032, "network": 25.0}, None),
+            ({"waited": [0.01, 0.012]}, ("starved_step", "Steps wait for samples 3")),
+        ],
+    )
+    def test_where_a_step_loses_its_time(self, changes: dict[str, Any], expected: tuple[str, str] | None) -> None:
+        """Two ranks that compute for 30 ms, or as told, in steps of 31.5 ms."""
+        busy, waited = changes.get("busy", [0.029, 0.030]), changes.get("waited", [0.0, 0.0])
+        rows = [
+            {"step": step, "rank": rank, "busy": busy[rank], "waited": waited[rank], "payload": 440_000_000}
+            | {"exposed": changes.get("step", 0.0315) - busy[rank], "network": changes.get("network", math.nan)}
+            for step in range(1, 9)
+            for rank in (0, 1)
+        ]
+        rows[0] |= {"busy": math.nan, "exposed": math.nan}  # as of a first step
+        found = diagnosis.diagnose(communication=pd.DataFrame(rows))
+        assert [f.name for f in found] == ([] if expected is None else [expected[0]])
+        assert expected is None or expected[1] in found[0].message
+
+    def test_a_slow_rank_shows_in_a_run(self, tmp_path: Path) -> None:
+        from workbench.training.config import TrainConfig
+
+        Simulation(tmp_path / "run", ranks=3, fault="slow", blocks=(1,)).until(100)
+        (finding,) = Inspector(tmp_path / "run").findings
+        assert finding.name == "slow_rank" and "Rank 2" in finding.message
+        assert TrainConfig().override(finding.remedy).balance.shares == "speed"
+        html = Inspector(tmp_path / "run")._static_html()
+        assert "own work in a step" in html and "rank 2, ms" in html
 
     def test_tables_may_be_empty(self) -> None:
         assert diagnosis.diagnose() == []

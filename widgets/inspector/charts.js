@@ -169,6 +169,38 @@ Object.assign(View.prototype, {
     return card.react(data, layout);
   },
 
+  async communication(colours) {
+    const { store } = this;
+    const card = this.cards.communication;
+    const { ranks = [], exposed = null, link = "", hosts = 1, network = null, bandwidth = null } = store.facts.get("times") ?? {};
+    card.element.hidden = ranks.length < 2; // one rank waits for no other
+    if (card.element.hidden) return;
+    const chosen = store.facts.get("choice")?.rank ?? null;
+    const shown = chosen === null ? ranks : ranks.filter((rank) => rank === chosen);
+    const of = (rank, field) => store.lines.get(`time:${rank}:${field}`);
+    if (!shown.some((rank) => of(rank, "busy")?.x.length)) return card.wait();
+    const data = [];
+    const entries = [];
+    const draw = (held, label, colour, dash) => {
+      if (!held) return;
+      const y = held.y.map((v) => (v === null ? null : 1000 * v));
+      data.push({ type: "scatter", mode: "lines", x: held.x, y, name: label, line: { color: colour, width: 1.5, dash: dash ? "dot" : "solid" } });
+      if (entries.length < 9) entries.push({ colour, label, value: `${compact(lastOf({ y }))} ms`, dash });
+    };
+    const { ink } = colours;
+    shown.forEach((rank, i) => draw(of(rank, "busy"), shown.length > 1 ? `rank ${rank}` : "own work", ink[i % ink.length]));
+    if (shown.length === 1) draw(of(shown[0], "waited"), "waiting for samples", ink[1]);
+    draw(of(shown[0], "step"), "with waits for other ranks", colours.soft, true);
+    card.aside.replaceChildren(legendOf(entries));
+    const rate = bandwidth ? `, ${compact(bandwidth / 1e9)} GB/s in an all-reduce` : "";
+    const wires = hosts > 1 && network ? `; network ${compact(network)} Gb/s between ${hosts} hosts` : "";
+    const share = exposed === null ? "" : `Exposed communication: ${(100 * exposed).toFixed(exposed < 0.1 ? 1 : 0)} % of a step. `;
+    this.timesText.hidden = false;
+    this.timesText.textContent = `${share}Ranks are linked by ${link}${rate}${wires}.`;
+    const yaxis = { rangemode: "tozero", title: { text: "ms" }, nticks: 5 };
+    return card.react(data, layoutOf(colours, { hovermode: "x unified", uirevision: "kept", xaxis: { title: { text: "step" } }, yaxis }));
+  },
+
   async norm(colours) {
     const card = this.cards.norm;
     if (this.detail.hidden) return;

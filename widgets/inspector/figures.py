@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from widgets import svg
-from widgets.inspector.recording import FIELDS, Recording
+from widgets.inspector.recording import FIELDS, TIMES, Recording
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -36,12 +36,12 @@ def bin_labels(edges: Sequence[float]) -> list[str]:
 
 
 def plotly_figures(recording: Recording) -> dict[str, go.Figure]:
-    """Figures of the loss and metrics, gradient norms, activation distributions and memory."""
+    """Figures of the loss and metrics, gradient norms, activation distributions, memory and where a step's time goes."""
     import plotly.graph_objects as go
 
     figures: dict[str, go.Figure] = {}
     curves = {n: line.arrays() for n, line in recording.lines.items() if len(line)}
-    loss = {n: xy for n, xy in curves.items() if not n.startswith("memory:")}
+    loss = {n: xy for n, xy in curves.items() if not n.startswith(("memory:", "time:"))}
     if loss:
         figures["loss"] = figure = go.Figure()
         for name, (x, y) in loss.items():
@@ -67,6 +67,13 @@ def plotly_figures(recording: Recording) -> dict[str, go.Figure]:
             _, rank, field = name.split(":")
             figure.add_scatter(x=x, y=y, name=f"rank {rank} {field}", mode="lines")
         figure.update_layout(xaxis_title="step", yaxis_title="bytes", yaxis_rangemode="tozero")
+    times = {n: xy for n, xy in curves.items() if n.startswith("time:")}
+    if times:
+        figures["communication"] = figure = go.Figure()
+        for name, (x, y) in times.items():
+            _, rank, field = name.split(":")
+            figure.add_scatter(x=x, y=1000 * y, name=f"rank {rank} {field}", mode="lines")
+        figure.update_layout(xaxis_title="step", yaxis_title="ms", yaxis_rangemode="tozero")
     for name, figure in figures.items():
         figure.update_layout(template="plotly_white", height=360, margin={"t": 40}, title=f"{recording.run.id}: {name}")
     return figures
@@ -85,7 +92,7 @@ def static_html(recording: Recording, header: Mapping[str, Any], findings: Findi
         parts.append(f'<p style="margin:0 0 4px">{_MARKS[severity]} {escape(message)}{tried}</p>')
     loss = {}
     for name, line in recording.lines.items():
-        if not name.startswith("memory:"):
+        if not name.startswith(("memory:", "time:")):
             loss[_label(name)] = (*line.arrays(), 2 if _on_the_right(name) else 1)
     parts.append(_section("Loss and metrics", svg.chart(loss)))
     if recording.gradients is not None:
@@ -110,6 +117,11 @@ def static_html(recording: Recording, header: Mapping[str, Any], findings: Findi
                 memory[f"rank {rank}, GB" if several else f"{field}, GB"] = (x, y / 1e9, 1)
     if memory:
         parts.append(_section("Memory", svg.chart(memory, height=140, from_zero=True)))
+    if several and (ranks := recording.times()["ranks"]):
+        lines = {f"rank {rank}, ms": recording.lines[f"time:{rank}:{TIMES[0]}"].arrays() for rank in ranks}
+        lines["whole step, ms"] = recording.lines[f"time:{ranks[0]}:{TIMES[2]}"].arrays()
+        drawn = svg.chart({name: (x, 1000 * y, 1) for name, (x, y) in lines.items()}, height=140, from_zero=True)
+        parts.append(_section("Each rank's own work in a step", drawn))
     style = "font-family:var(--jp-ui-font-family,sans-serif);font-size:13px;color:var(--jp-ui-font-color1,inherit)"
     return f'<div style="{style}">{"".join(parts)}</div>'
 

@@ -1,4 +1,4 @@
-// The Inspector's page: header, findings, four cards, and the history of a chosen layer.
+// The Inspector's page: header, findings, a card a kind of reading, and the history of a chosen layer.
 
 const HEIGHT = 232;
 const WAITING = {
@@ -6,6 +6,7 @@ const WAITING = {
   gradients: "waiting for the first reading of the gradients…",
   activations: "waiting for the first reading of the activations…",
   memory: "waiting for the first reading of the memory…",
+  communication: "waiting for the first steps…",
 };
 const MARKS = { error: "✕", warning: "▲", info: "i" };
 const FINISHED = ["finished", "stopped", "failed", "lost"];
@@ -22,6 +23,7 @@ class View {
       gradients: new Card("gradients", "Gradient norms", WAITING.gradients, HEIGHT),
       activations: new Card("activations", "Activations", WAITING.activations, HEIGHT),
       memory: new Card("memory", "Memory", WAITING.memory, HEIGHT),
+      communication: new Card("communication", "Time of a step", WAITING.communication, 176),
       norm: new Card("norm", "Gradient norm", "no gradient readings for this layer", 176),
       values: new Card("values", "Distribution of outputs", "no activation readings for this layer", 176),
     };
@@ -54,6 +56,7 @@ class View {
     const all = [...names];
     if (whole || all.some((n) => n === "loss" || n.startsWith("metric"))) painter.touch("loss");
     if (whole || all.some((n) => n.startsWith("memory"))) painter.touch("memory");
+    if (whole || names.has("choice") || all.some((n) => n.startsWith("time"))) painter.touch("communication");
     if (whole || names.has("gradients")) painter.touch("gradients", "norm");
     if (whole || names.has("activations")) painter.touch("activations");
     if (whole || names.has("layer")) painter.touch("values");
@@ -161,6 +164,9 @@ class View {
     this.cards.activations.foot.append(this.sliderRow);
     this.memoryTotal = h("p", { hidden: true });
     this.cards.memory.foot.append(this.memoryTotal);
+    this.timesText = h("p", { hidden: true });
+    this.cards.communication.foot.append(this.timesText);
+    this.cards.communication.element.hidden = true;
     this.cards.values.listen = () => this.listenValues();
   }
 

@@ -29,7 +29,7 @@ DIAGNOSE_EVERY = 5.0
 
 
 class Inspector(LiveWidget):
-    """Loss and metrics, gradient norms by layer, activation distributions, memory by rank and findings of a run, live.
+    """Loss and metrics, gradient norms by layer, activation distributions, memory and step time by rank, findings: live.
 
     Args:
         run_or_path: a :class:`workbench.Run`, its folder or its name; None to open one later.
@@ -96,7 +96,7 @@ class Inspector(LiveWidget):
         return list(self._findings)
 
     def figures(self) -> dict[str, go.Figure]:
-        """Plotly figures by name: ``loss``, ``gradients``, ``activations``, ``memory``; those that have readings."""
+        """Plotly figures by name: ``loss``, ``gradients``, ``activations``, ``memory``, ``communication``; what has readings."""
         with self._lock:
             recording = self._catch_up()
             return figures.plotly_figures(recording) if recording else {}
@@ -142,7 +142,7 @@ class Inspector(LiveWidget):
     def _diagnose(self) -> None:
         """Findings that the run reported, and those of its readings now; one of a name."""
         assert self.run is not None and self.recording is not None
-        tables = {kind: self.recording.frame_of(kind) for kind in ("gradients", "activations")}
+        tables = {kind: self.recording.frame_of(kind) for kind in ("gradients", "activations", "communication")}
         now = diagnosis.diagnose(self.run.history, **tables)
         reported = {finding.name: finding for finding in self.run.findings}
         found = [*now, *(f for name, f in reported.items() if name not in {n.name for n in now})]

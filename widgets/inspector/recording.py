@@ -4,8 +4,8 @@
   what changed into a :class:`widgets.frames.Frame`.
 * :class:`Join` — brings the ranks' readings of a step together.
 
-Names in frames: lines ``loss``, ``metric:NAME``, ``memory:RANK:FIELD``; heat maps ``gradients`` (layer × step) and ``layer``
-(value bin × step of the chosen layer); ``activations``, the latest distributions of all layers.
+Names in frames: lines ``loss``, ``metric:NAME``, ``memory:RANK:FIELD``, ``time:RANK:FIELD``; heat maps ``gradients`` (layer ×
+step) and ``layer`` (value bin × step of the chosen layer); ``activations``, the latest distributions of all layers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-KINDS = ("gradients", "activations", "memory")
+KINDS = ("gradients", "activations", "memory", "communication")
 COLUMNS = 500
 """Columns of the gradients' heat map: a card is about that many pixels wide."""
 HISTORY = 120
@@ -34,6 +34,8 @@ HISTORY = 120
 BATCH = 200
 """Segments read at once, so that a long history appears step by step."""
 FIELDS = ("allocated", "reserved", "peak")
+TIMES = ("busy", "waited", "step")
+"""Of a step, in seconds: a rank's own work, its waits for samples, and both with its waits for other ranks."""
 
 
 class Join:
@@ -97,8 +99,10 @@ class Recording:
         self.stats = np.zeros((0, 4))
         self.bins = 0
         self._detail: Columns | None = None
-        self.tables: dict[str, tuple[list[Any], deque[Any]]] = {kind: ([], deque(maxlen=12)) for kind in KINDS}
-        for name in [n for n in self.lines if n.startswith("memory:")]:
+        self.tables: dict[str, dict[int, tuple[list[Any], deque[Any]]]] = {kind: {} for kind in KINDS}
+        self.links: dict[str, Any] = {}
+        self._exposed: dict[int, float] = {}
+        for name in [n for n in self.lines if n.startswith(("memory:", "time:"))]:
             del self.lines[name]
         self._changed = {"gradients", "activations", "layer", *self.lines}
 
@@ -151,13 +155,16 @@ class Recording:
             table = table.filter(np.asarray(table["step"]) <= limit)
         if not table.num_rows:
             return True
-        head, tail = self.tables[kind]
+        head, tail = self.tables[kind].setdefault(rank, ([], deque(maxlen=12)))
         slim = table.drop_columns("histogram") if kind == "activations" else table
-        (head if len(head) < 3 * self.world_size else tail).append((rank, slim))
+        (head if len(head) < 3 else tail).append(slim)
         if kind == "memory":
             for name in FIELDS:
                 self._extend(f"memory:{rank}:{name}", table["step"].to_pylist(), table[name].to_pylist())
             self.total = max(self.total, float(table["total"][0].as_py()))
+            return True
+        if kind == "communication":
+            self._take_times(rank, table)
             return True
         if self.rank not in (None, rank):
             return True
@@ -173,6 +180,16 @@ class Recording:
             whole[index[begin:end]] = values[begin:end]
             self._joins[kind].put(int(steps[begin]), rank, whole)
         return True
+
+    def _take_times(self, rank: int, table: pa.Table) -> None:
+        steps, busy, waited, exposed = (np.asarray(table[name], dtype="f8") for name in ("step", "busy", "waited", "exposed"))
+        known = np.isfinite(busy)  # not of a step that followed no other
+        for name, seconds in zip(TIMES, (busy, waited, busy + exposed), strict=True):
+            self._extend(f"time:{rank}:{name}", steps[known].tolist(), seconds[known].tolist())
+        if known.any():
+            self._exposed[rank] = float((exposed[known] / (busy + exposed)[known])[-1])
+        told = {name: table[name][-1].as_py() for name in ("link", "hosts", "network", "bandwidth")}
+        self.links = {name: None if value != value else value for name, value in told.items()}
 
     @staticmethod
     def _norms(table: pa.Table) -> np.ndarray:
@@ -265,6 +282,7 @@ class Recording:
         metrics = [n.removeprefix("metric:") for n in self.lines if n.startswith("metric:")]
         ranks = sorted({int(n.split(":")[1]) for n in self.lines if n.startswith("memory:")})
         self.fact(frame, "metrics", metrics)
+        self.fact(frame, "times", self.times())
         self.fact(frame, "memory", {"ranks": ranks, "total": self.total})
         self.fact(frame, "layers", {"gradients": self.layers("gradients"), "activations": self.layers("activations")})
         self.fact(frame, "choice", {"layer": self.layer, "module": self.module_of_layer(), "rank": self.rank})
@@ -278,6 +296,11 @@ class Recording:
             self._write_distributions(frame)
         if "layer" in changed:
             _write(self._detail, frame, "layer", whole)
+
+    def times(self) -> dict[str, Any]:
+        """Ranks whose steps were timed, their links, and the share of a step for which the rank that waits least waits."""
+        exposed = round(min(self._exposed.values()), 3) if self._exposed else None
+        return {"ranks": sorted(self._exposed), "exposed": exposed, **self.links}
 
     def fact(self, frame: Frame, name: str, value: Any) -> None:
         """Add a fact when it is not what the page knows."""
@@ -302,8 +325,8 @@ class Recording:
         """The first and the last readings of ``kind`` with their ranks, as :mod:`workbench.diagnosis` takes them."""
         import pandas as pd
 
-        head, tail = self.tables[kind]
-        parts = [table.to_pandas().assign(rank=rank) for rank, table in [*head, *tail]]
+        kept = self.tables[kind].items()
+        parts = [table.to_pandas().assign(rank=rank) for rank, (head, tail) in kept for table in [*head, *tail]]
         return pd.concat(parts, ignore_index=True).sort_values("step", kind="stable") if parts else pd.DataFrame()
 
 

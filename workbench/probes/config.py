@@ -15,6 +15,7 @@ PROBES = Registry(
         "gradients": "workbench.probes.gradients:GradientProbe",
         "activations": "workbench.probes.activations:ActivationProbe",
         "memory": "workbench.probes.memory:MemoryProbe",
+        "communication": "workbench.probes.communication:CommunicationProbe",
     },
 )
 """Probe classes: called with a :class:`ProbeConfig`."""
@@ -37,9 +38,11 @@ class ProbesConfig(Config):
     gradients: ProbeConfig = Field(ProbeConfig(), description="Gradient and weight norms by parameter.")
     activations: ProbeConfig = Field(ProbeConfig(), description="Distribution of each layer's output.")
     memory: ProbeConfig = Field(ProbeConfig(), description="Memory of each rank.")
+    communication: ProbeConfig = Field(ProbeConfig(), description="Each rank's work, and its waits for samples and other ranks.")
     more: dict[str, ProbeConfig] = Field(
         {}, description="Further registered probes by name.", json_schema_extra=hint(advanced=True)
     )
 
     def by_name(self) -> dict[str, ProbeConfig]:
-        return {"gradients": self.gradients, "activations": self.activations, "memory": self.memory, **self.more}
+        own = ("gradients", "activations", "memory", "communication")
+        return {**{name: getattr(self, name) for name in own}, **self.more}

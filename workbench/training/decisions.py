@@ -96,9 +96,9 @@ def decide_every(name: str, every: int | str, device: torch.device, total_steps:
         return int(every)
     setting = f"probes.{name}.every"
     spread = max(1, total_steps // 200)
-    if name == "memory":
+    if name in ("memory", "communication"):
         return int(
-            decisions.decide(setting, spread if device.type == "cpu" else max(10, spread), "counters on the host cost nothing")
+            decisions.decide(setting, spread if device.type == "cpu" else max(10, spread), "what is read costs next to nothing")
         )
     if device.type == "cuda":
         return int(decisions.decide(setting, max(50, spread), "on a GPU one reading in 50 steps costs about 1 % of the time"))
