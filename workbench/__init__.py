@@ -14,6 +14,7 @@ _EXPORTS = {
     "TrainConfig": "workbench.training.config",
     "train": "workbench.training",
     "launch": "workbench.run",
+    "launch_script": "workbench.cluster",
     "Run": "workbench.run",
     "WorkbenchError": "workbench.errors",
     "PruneConfig": "workbench.compress.pruning_config",
@@ -34,6 +35,7 @@ __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
     from workbench.artefact import load_model, save_model
+    from workbench.cluster import launch_script
     from workbench.comparison import CompareConfig, compare
     from workbench.compress import ChannelPruner, QuantAwareTraining, Quantizer, prune, quantize
     from workbench.compress.pruning_config import PruneConfig

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from workbench import TrainConfig, train
 from workbench.artefact import load_model, save_model
 from workbench.attribution import METHODS, AttributionConfig, explain
+from workbench.cluster import CLUSTERS, launch_script
 from workbench.compress import CRITERIA, PruneConfig
 from workbench.compress.plan import Plan
 from workbench.data.augment import Draw
@@ -383,3 +384,17 @@ def test_data_is_as_its_card_says(name: str) -> None:
         seen = {sample.numpy().tobytes() for sample in splits.train.x}
         shared = sum(sample.numpy().tobytes() in seen for sample in splits.eval.x)
         assert shared <= len(splits.eval) // 100  # held-out samples are held out
+
+
+# -- clusters ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_a_cluster_starts_the_worker_in_the_run_folder_with_what_it_was_told(name: str) -> None:
+    kind = CLUSTERS.factory(name)
+    cluster = kind(nproc=4, hosts=2, restarts=7, port=23456, environment={"NCCL_DEBUG": "INFO"})
+    assert eval(cluster.to_code(), {kind.__name__: kind}) == cluster
+    assert all(field.description for field in kind.model_fields.values())
+    script = launch_script(TrainConfig(data={"name": "digits", "batch_size": 64}), cluster)
+    for words in ("torchrun", "workbench.worker", script.folder, "7", "23456", "c10d", "NCCL_DEBUG"):
+        assert words in script.text

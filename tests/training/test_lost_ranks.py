@@ -109,6 +109,28 @@ def test_an_error_that_would_come_again_is_not_tried_again(slow: TrainConfig, tm
     assert len(list((run.path / "attempts").iterdir())) == 1
 
 
+UNFIT_PLACE = """
+import os, sys
+sys.path.insert(0, {folder!r})
+import net as nets
+from workbench.errors import DeviceError
+
+def net(num_classes=10, in_channels=1):
+    if os.environ.get("LOCAL_RANK") == "0":
+        raise DeviceError("The accelerator 0 fell off the bus.")
+    return nets.net(num_classes, in_channels, dropout=0.0)
+"""
+
+
+def test_ranks_go_on_without_the_one_whose_accelerator_is_gone(slow: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "unfit.py").write_text(UNFIT_PLACE.format(folder=str(Path(__file__).parent)))
+    config = slow.override({"model": {"name": f"{tmp_path / 'unfit.py'}:net"}, "max_steps": 4})
+    run = launch(config, nproc=2, restarts=1, min_nproc=1, root=tmp_path).wait(timeout=120)
+    begun = [event for event in run.events if event.type == "attempt_started"]
+    assert [event.world_size for event in begun] == [1]
+    assert "The accelerator 0 fell off the bus" in run.findings[0].message and "on 1 rank(s)" in run.findings[0].message
+
+
 def beat(run: Run, attempt: int, step: int) -> None:
     launcher.Heartbeat(launcher.Process.current(), time.time(), attempt, step, time.time()).write(run.path)
 

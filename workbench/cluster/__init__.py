@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from workbench.cluster.config import CLUSTERS, Cluster
+from workbench.cluster.kubernetes import Kubernetes
+from workbench.cluster.slurm import Slurm
+from workbench.cluster.torchrun import Torchrun
 from workbench.errors import ConfigError
 from workbench.run import Replay
 from workbench.training import TrainConfig, prepare
@@ -23,7 +26,7 @@ from workbench.training import TrainConfig, prepare
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["CLUSTERS", "Cluster", "Script", "launch_script"]
+__all__ = ["CLUSTERS", "Cluster", "Kubernetes", "Script", "Slurm", "Torchrun", "launch_script"]
 
 
 @dataclass(frozen=True)
