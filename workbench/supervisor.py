@@ -157,8 +157,8 @@ def in_words(run: Run, attempt: int, ranks: Ranks, bad: dict[int, int], memory_k
     said = run.failures(attempt)
     if said and not killed:
         return said[0].message
-    heartbeat = launcher.Heartbeat.read(run.path)
-    step = f" after step {heartbeat.step}" if heartbeat is not None and heartbeat.attempt == attempt else " before it took a step"
+    done = max((event.step for event in run.events if event.attempt == attempt), default=None)
+    step = " before training began" if done is None else f" after step {done}"
     whom = [f"Rank {rank} (process {ranks.children[rank].pid}) {_end_of(code)}{step}" for rank, code in (killed or bad).items()]
     words = f"{'; '.join(whom)}. "
     if -signal.SIGKILL in killed.values():
