@@ -26,9 +26,13 @@ class Held(NamedTuple):
     most: int
 
 
-def held_by(call: Callable[[], Any], device: torch.device) -> Held:
-    """What ``call`` allocates on ``device``, over what was there before."""
-    return _on_cuda(call) if device.type == "cuda" else _on_cpu(call)
+def held_by(call: Callable[[], Any], device: torch.device, *, clean: bool = True) -> Held:
+    """What ``call`` allocates on ``device``, over what was there before.
+
+    Args:
+        clean: on a CPU, what is left in circles (by compiling, say) does not count as kept.
+    """
+    return _on_cuda(call) if device.type == "cuda" else _on_cpu(call, clean)
 
 
 def tensor_bytes(model: nn.Module) -> int:
@@ -93,14 +97,15 @@ def give_back() -> None:
         torch.cuda.empty_cache()
 
 
-def _on_cpu(call: Callable[[], Any]) -> Held:
+def _on_cpu(call: Callable[[], Any], clean: bool) -> Held:
     from torch._C._profiler import _EventType
     from torch.profiler import ProfilerActivity, profile
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes of its starts and stops to the terminal
     with _errors_only(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-        gc.collect()  # what compiling left in circles isn't kept
+        if clean:
+            gc.collect()
     changes: list[tuple[int, int]] = []
     waiting = list(profiler.profiler.kineto_results.experimental_event_tree())
     while waiting:

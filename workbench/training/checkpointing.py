@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from workbench.errors import ConfigError, ModelError
 from workbench.training.parallel import blocks_of
+
+Buffers = dict[str, Tensor | None]
 
 
 def recompute_blocks(model: nn.Module, share: float) -> Callable[[], None]:
@@ -41,7 +44,9 @@ def recompute_blocks(model: nn.Module, share: float) -> Callable[[], None]:
         )
     chosen = blocks[: round(share * len(blocks))]
     for block in chosen:
-        block.forward = _recomputed(block)
+        norms: dict[nn.Module, Buffers] = {module: _spare(module) for module in block.modules() if isinstance(module, _BatchNorm)}
+        # Not a closure: a copy of the block is to compute with its own layers.
+        block.forward = partial(_twice, block, norms)
 
     def undo() -> None:
         for block in chosen:
@@ -50,45 +55,42 @@ def recompute_blocks(model: nn.Module, share: float) -> Callable[[], None]:
     return undo
 
 
-def _recomputed(block: nn.Module) -> Callable[..., Any]:
-    original = block.forward
-    norms: list[nn.Module] = [module for module in block.modules() if isinstance(module, _BatchNorm)]
-    counted = {id(buffer) for norm in norms for buffer in norm.buffers()}
-    spare: dict[nn.Module, dict[str, Tensor | None]] = {}
+def _twice(block: nn.Module, norms: dict[nn.Module, Buffers], *args: Any, **kwargs: Any) -> Any:
+    """A block's forward pass, and once more when the backward pass asks for its activations."""
+    original = partial(type(block).forward, block)
+    if not torch.is_grad_enabled():
+        return original(*args, **kwargs)
+    if torch.compiler.is_compiling():  # a compiled graph holds each change of a buffer once, wherever it is computed
+        return checkpoint(original, *args, use_reentrant=False, **kwargs)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return _buffers_stay(block, counted), _set_aside(norms, spare)
+        return _buffers_stay(block, norms), _set_aside(norms)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return original(*args, **kwargs)
-        if torch.compiler.is_compiling():  # a compiled graph holds each change of a buffer once, wherever it is computed
-            return checkpoint(original, *args, use_reentrant=False, **kwargs)
-        return checkpoint(original, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+    return checkpoint(original, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
-    return forward
+
+def _spare(norm: nn.Module) -> Buffers:
+    return {name: None if value is None else torch.zeros_like(value) for name, value in norm._buffers.items()}
 
 
 @contextmanager
-def _set_aside(owners: list[nn.Module], spare: dict[nn.Module, dict[str, Tensor | None]]) -> Iterator[None]:
+def _set_aside(norms: dict[nn.Module, Buffers]) -> Iterator[None]:
     """Batch normalization counts into other buffers: what it computes in training does not depend on them."""
-    for owner in owners:
-        if owner not in spare:
-            spare[owner] = {name: None if value is None else torch.zeros_like(value) for name, value in owner._buffers.items()}
-    kept = [owner._buffers for owner in owners]
-    for owner in owners:
-        if owner.training:
-            owner._buffers = spare[owner]
+    kept = [norm._buffers for norm in norms]
+    for norm, spare in norms.items():
+        if norm.training:
+            norm._buffers = spare
     try:
         yield
     finally:
-        for owner, buffers in zip(owners, kept, strict=True):
-            owner._buffers = buffers
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers = buffers
 
 
 @contextmanager
-def _buffers_stay(block: nn.Module, counted: set[int]) -> Iterator[None]:
+def _buffers_stay(block: nn.Module, norms: dict[nn.Module, Buffers]) -> Iterator[None]:
     """Around the first pass: a block that changes its state computes something else the second time."""
+    counted = {id(buffer) for norm in norms for buffer in norm.buffers()}
     before = [(name, buffer, buffer._version) for name, buffer in block.named_buffers() if id(buffer) not in counted]
     yield
     for name, buffer, version in before:

@@ -87,7 +87,8 @@ class Trial:
         try:
             x, y = (part.index_select(0, rows) for part in self.batch)
             with self._steps(x, y, setting) as step:
-                _, most = held_by(lambda: (step(min(2, setting.parts)), step(min(2, setting.parts))), self.device)
+                parts = min(2, setting.parts)
+                _, most = held_by(lambda: (step(parts), step(parts)), self.device, clean=False)
                 for _ in range(2 if timed else 0):
                     start = time.perf_counter()
                     step(setting.parts)
