@@ -85,6 +85,10 @@ def test_live_from_the_first_step_to_the_last(lab: Any, simulation: Any) -> None
     norms = eval(book.result("__import__('numpy').log10(inspector.recording.gradients.values[:, 0]).tolist()"))
     assert top == pytest.approx(norms, rel=1e-4)
 
+    wait_until(lambda: shown(book.page, "communication") == 80)
+    times = book.page.locator(CARD.format("communication"))
+    assert "Exposed communication" in times.inner_text() and "NVLink, 18 links, 309 GB/s" in times.inner_text()
+
     book.page.locator(".wi-card[data-card=gradients] .nsewdrag").click(position={"x": 40, "y": 30})
     book.page.locator(".wi-detail:visible").wait_for()
     chosen = book.page.locator(".wi-detail > header h3").inner_text()
@@ -121,6 +125,7 @@ def test_a_new_page_and_a_new_kernel_get_the_whole_history(lab: Any, simulation:
     book = lab.open(notebook(lab, simulated))
     book.run_all()
     wait_until(lambda: shown(book.page) == 40)
+    book.page.locator(CARD.format("communication")).wait_for(state="hidden")  # one rank waits for no other
     book.command("docmanager:save")
     other = lab.open(f"{simulated.folder.name}.ipynb")
     print(f"a second window draws {wait_until(lambda: shown(other.page) == 40):.1f} s after it opened")
