@@ -139,6 +139,8 @@ class AdaptiveGradientClipper:
         self.decay, self.deviations, self.warmup = decay, deviations, warmup
         self.state: Tensor | None = None
         """float32 [3]: steps seen, running mean, running mean square of the norm; on the gradients' device."""
+        self.others: torch.distributed.ProcessGroup | None = None
+        """Ranks that hold other parameters of the same model."""
         self._handle: RemovableHandle | None = None
 
     def __enter__(self) -> AdaptiveGradientClipper:
@@ -170,6 +172,10 @@ class AdaptiveGradientClipper:
             self._clip_by_unit(owners, gradients, scale)
             return
         norm = torch.linalg.vector_norm(whole_norms(gradients))
+        if self.others is not None:
+            square = norm.double().square()
+            torch.distributed.all_reduce(square, group=self.others)
+            norm = square.sqrt().to(norm.dtype)
         if scale is not None:
             norm = norm / scale.to(norm.device)
         factor = (self._threshold(norm) / (norm + 1e-6)).clamp(max=1.0)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from workbench import Run, TrainConfig, launch, load_model, train
 from workbench.errors import ConfigError
 from workbench.models import ModelConfig, build_model
+from workbench.training.blocks import blocks_of
 from workbench.training.config import MeshConfig
-from workbench.training.parallel import blocks_of
 
 TOLERANCE = 1e-5
 """Of losses near 2: gradients are summed in another order."""

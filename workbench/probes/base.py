@@ -99,10 +99,12 @@ class Probe:
     def __init__(self, config: ProbeConfig) -> None:
         self.config = config
         self.armed = False
+        self.computes: Callable[[str], bool] = lambda layer: True
+        """Whether a layer is computed by this rank."""
 
     def wants(self, name: str) -> bool:
         """Whether the layer filter takes ``name``."""
-        return any(fnmatchcase(name, pattern.strip()) for pattern in self.config.layers.split(","))
+        return self.computes(name) and any(fnmatchcase(name, pattern.strip()) for pattern in self.config.layers.split(","))
 
     def attach(self, model: nn.Module) -> Callable[[], None]:
         """Hook into the model, before it is compiled or wrapped; returns the detach."""

@@ -29,8 +29,14 @@ class ProbeSet:
         self._on_the_way: deque[tuple[Probe, int, Tensor, torch.cuda.Event | None]] = deque()
         self._detach: list[Callable[[], None]] = []
 
-    def attach(self, model: nn.Module) -> None:
-        """Hook all probes into the model; do so before it is compiled or wrapped."""
+    def attach(self, model: nn.Module, computes: Callable[[str], bool] | None = None) -> None:
+        """Hook all probes into the model; do so before it is compiled or wrapped.
+
+        Args:
+            computes: whether a layer is computed by this rank, by name; by default, all are.
+        """
+        for probe, _ in self._probes:
+            probe.computes = computes or probe.computes
         self._detach = [probe.attach(model) for probe, _ in self._probes]
 
     def detach(self) -> None:

@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from workbench.allocator import forget
+from workbench.training.blocks import blocks_of
 from workbench.training.fitting import GIB, free_for, sample_batch, travelling
-from workbench.training.parallel import blocks_of
 from workbench.training.trial import Line, Setting, Trial
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,11 +21,13 @@ class WeightAverage:
         model: on its device; its tensors are changed in place only.
         decay: of the average, per optimizer step; 0 keeps none. At step t it is min(decay, (1 + t) / (10 + t)), so that the
             random weights of the beginning are soon forgotten.
+        owns: whether a parameter or buffer is to be averaged, by name.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, owns: Callable[[str], bool] = lambda name: True) -> None:
         self.decay = decay
-        tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        named = (*model.named_parameters(), *model.named_buffers())
+        tensors: dict[str, Tensor] = {name: tensor for name, tensor in named if owns(name)}
         self._live = {name: tensor.detach() for name, tensor in tensors.items() if decay and tensor.is_floating_point()}
         self.state = {name: tensor.clone() for name, tensor in self._live.items()}
         """The average by name of parameter or buffer."""

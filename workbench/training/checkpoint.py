@@ -7,22 +7,25 @@ user owns.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -31,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from workbench.distributed import World, barrier
 from workbench.storage import as_run_error, check_owner, fsync_folder, fsync_tree, write_atomic
+from workbench.training.mesh import Mesh
 
 
 def save(folder: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any], world: World, keep: int) -> Path:
@@ -105,22 +109,39 @@ def read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor], world: World) -> dict[str, Any]:
-    """Model, optimizer, this rank's random states, and further tensors, as one nested state."""
+def training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor], mesh: Mesh, owns: Callable[[str], bool]
+) -> dict[str, Any]:
+    """Model, optimizer, this rank's random states, and further tensors, as one nested state.
+
+    Args:
+        owns: whether this rank has a tensor of the model, by name.
+    """
+    state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer))
+    if mesh["pipeline"] > 1:
+        state["param_groups"] = _of_all_stages(state["param_groups"], mesh)
     return {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-        "random": {f"rank-{world.rank}": random_state(world.device)},
+        "model": _owned(model, owns),
+        "optimizer": state,
+        "random": {f"rank-{mesh.world.rank}": random_state(mesh.world.device)},
         "extra": extra,
     }
 
 
 def restore(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor], world: World
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    extra: dict[str, Tensor],
+    world: World,
+    owns: Callable[[str], bool],
 ) -> dict[str, Tensor]:
     """Load a checkpoint into model, optimizer and random generators; all ranks call it.
 
     Ranks that the checkpoint does not know keep the random states they have.
+
+    Args:
+        owns: whether this rank has a tensor of the model, by name.
 
     Returns:
         The further tensors, by name.
@@ -131,7 +152,7 @@ def restore(
     known = metadata.state_dict_metadata
     own: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer))
     state: dict[str, Any] = {
-        "model": get_model_state_dict(model),
+        "model": _owned(model, owns),
         "optimizer": {**own, "param_groups": _groups_of(metadata)},
         "extra": {name: value for name, value in extra.items() if f"extra.{name}" in known},
     }
@@ -140,13 +161,29 @@ def restore(
         state["random"] = {mine: random_state(world.device)}
     with _alone_is_fine():
         dcp.load(state, storage_reader=reader, no_dist=world.size == 1)
-    set_model_state_dict(model, state["model"])
+    whole = all(map(owns, model.state_dict()))
+    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=whole))
     state["optimizer"]["param_groups"] = _regrouped(state["optimizer"]["param_groups"], own["param_groups"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     if "random" in state:
         set_random_state(state["random"][mine], world.device)
     found: dict[str, Tensor] = state["extra"]
     return found
+
+
+def _owned(model: nn.Module, owns: Callable[[str], bool]) -> dict[str, Any]:
+    return {name: value for name, value in get_model_state_dict(model).items() if owns(name)}
+
+
+def _of_all_stages(groups: Any, mesh: Mesh) -> list[dict[str, Any]]:
+    """Parameter groups with the parameters of every stage, those of the same settings as one."""
+    said: list[Any] = [None] * mesh["pipeline"]
+    dist.all_gather_object(said, groups, mesh.along("pipeline").get_group())
+    found: dict[str, dict[str, Any]] = {}
+    for group in itertools.chain(*said):
+        settings = {name: value for name, value in group.items() if name != "params"}
+        found.setdefault(repr(sorted(settings.items())), {**settings, "params": []})["params"] += group["params"]
+    return list(found.values())
 
 
 def _groups_of(metadata: Any) -> list[dict[str, Any]]:

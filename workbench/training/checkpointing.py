@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from workbench.errors import ConfigError, ModelError
-from workbench.training.parallel import blocks_of
+from workbench.training.blocks import blocks_of
 
 Buffers = dict[str, Tensor | None]
 

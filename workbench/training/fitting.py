@@ -18,11 +18,11 @@ from workbench.allocator import room, tensor_bytes
 from workbench.data.batches import Batches
 from workbench.distributed import World
 from workbench.errors import MemoryExhausted, WorkbenchError
+from workbench.training.blocks import blocks_of
 from workbench.training.config import TrainConfig
 from workbench.training.decisions import Decisions
 from workbench.training.memory_config import MemoryConfig
 from workbench.training.objective import Objective
-from workbench.training.parallel import blocks_of
 from workbench.training.trial import Cost, Line, Setting, Trial
 
 if TYPE_CHECKING:

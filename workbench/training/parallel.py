@@ -1,4 +1,4 @@
-"""One objective on several ranks: copies of it, or shards.
+"""One objective on several ranks: copies of it, shards, divided layers, stages.
 
 :func:`parallelize` gives the trainer a :class:`Parallel`, which carries out the forward and backward passes of a step.
 """
@@ -7,19 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from workbench.data.batches import Batch
-from workbench.distributed import World
+from workbench.distributed import World, local, whole
 from workbench.errors import ConfigError
+from workbench.training.blocks import blocks_of
 from workbench.training.communication import payload, replicate
 from workbench.training.communication_config import CommunicationConfig
 from workbench.training.mesh import Mesh
 from workbench.training.objective import Objective
+from workbench.training.pipeline import Line, one_forward_one_backward, through
+from workbench.training.stages import Stage
 
 
 class Parallel:
@@ -68,6 +73,20 @@ class Parallel:
     def micro_step(self, last: bool) -> AbstractContextManager[Any]:
         """Around the forward and backward pass of a micro-step: gradients travel between ranks after the ``last`` only."""
         return nullcontext()
+
+    def output(self, x: Any) -> Any:
+        """The model's output for a batch; None on a rank that hasn't the last of its layers."""
+        return self.objective.model(x)
+
+    def owns(self, name: str) -> bool:
+        """Whether this rank has the tensor of that name in the model's state, or a part of it."""
+        return True
+
+    def share(self, buffers: Iterable[Tensor]) -> None:
+        """The first copy's buffers to all, as the next forward pass would do: else a checkpoint mixes the ranks' statistics."""
+        if dist.is_initialized():
+            for buffer in buffers:
+                dist.broadcast(buffer, src=0)
 
     def state(self) -> Mapping[str, Tensor]:
         """All of the model's tensors by name, for rank 0 to save; every rank calls it."""
@@ -126,13 +145,110 @@ class Sharded(Divided):
         for root in self._roots:
             for block in blocks_of(root):
                 fully_shard(block, mesh=over)
-            # Left gathered after an evaluation, the root's weights would be those of the average.
+            # Left gathered after an evaluation, the root's weights would be those of the average; so too in stages.
             fully_shard(root, mesh=over, reshard_after_forward=True)
 
     def micro_step(self, last: bool) -> AbstractContextManager[Any]:
         for root in self._roots:
             root.set_requires_gradient_sync(last)
         return nullcontext()
+
+
+class Staged(Divided):
+    """A stage of the blocks on each rank, through which the micro-batches of a step flow.
+
+    The loss is the last stage's alone; copies of a stage average their gradients after the last micro-batch.
+    """
+
+    def __init__(self, objective: Objective, mesh: Mesh, stage: Stage) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        super().__init__(objective)
+        self._mesh, self._stage = mesh, stage
+        self._line = Line(mesh.along("pipeline").get_group())
+        self._sharded: list[Any] = []
+        if mesh["shard"] > 1:
+            over = mesh.along("replicate", "shard")
+            self._sharded = [fully_shard(block, mesh=over, reshard_after_forward=True) for block in stage.blocks]
+        apart = {id(p) for block in self._sharded for p in block.parameters()}
+        self._averaged = [p for p in objective.model.parameters() if p.requires_grad and id(p) not in apart]
+        self._copies = [mesh.along(name).get_group() for name in ("replicate", "shard") if mesh[name] > 1]
+
+    def step(
+        self,
+        micro_batches: Iterable[Batch],
+        count: int,
+        parts: float,
+        around: Callable[[], AbstractContextManager[Any]],
+        backward: Callable[[Tensor, bool], None],
+    ) -> Tensor:
+        batches = list(micro_batches)
+        total = torch.zeros((), device=self._mesh.world.device)
+
+        def run_forward(number: int, hidden: Tensor | None) -> Tensor:
+            x, y = batches[number]
+            with around():
+                if self._stage.last:
+                    return self._stage(lambda: self.forward(x, y), hidden) / parts
+                return self._stage(lambda: self.objective.model(x), hidden)
+
+        def run_backward(number: int, given: Tensor, gradient: Tensor | None) -> None:
+            final = number == count - 1
+            for block in self._sharded:
+                block.set_requires_gradient_sync(final)
+            if gradient is not None:
+                torch.autograd.backward(given, gradient)
+                return
+            total.add_(given.detach())
+            backward(given, final)
+
+        def room(number: int) -> Tensor:
+            return self._stage.room(len(batches[number][1]), total.device)
+
+        one_forward_one_backward(self._line, count, room, run_forward, run_backward)
+        self._average()
+        return total * self._line.length  # the mean over all ranks is then that over copies
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        gradients = [local(p.grad) for p in self._averaged if p.grad is not None]
+        if not self._copies or not gradients:
+            return
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        for group in self._copies:
+            dist.all_reduce(flat, group=group)
+        flat /= self._mesh.copies
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+    def output(self, x: Any) -> Any:
+        room = partial(self._stage.room, len(x), x.device)
+        return through(self._line, room, lambda hidden: self._stage(lambda: self.objective.model(x), hidden))
+
+    def owns(self, name: str) -> bool:
+        return self._stage.owns(name)
+
+    def share(self, buffers: Iterable[Tensor]) -> None:
+        for buffer in buffers:
+            for group in self._copies:
+                dist.broadcast(buffer, group_src=0, group=group)
+
+    def state(self) -> Mapping[str, Tensor]:
+        state = self.objective.model.state_dict()
+        own = {name: whole(tensor.detach()).contiguous() for name, tensor in state.items() if self.owns(name)}
+        said: list[Any] = [None] * self._line.length
+        dist.all_gather_object(said, {name: (value.shape, value.dtype) for name, value in own.items()}, self._line.group)
+        if self._line.place:
+            for value in own.values():
+                dist.send(value, group_dst=0, group=self._line.group)
+            return {}
+        device = self._mesh.world.device
+        for place, names in enumerate(said[1:], start=1):
+            for name, (shape, dtype) in names.items():
+                value = torch.empty(shape, dtype=dtype, device=device)
+                dist.recv(value, group_src=place, group=self._line.group)
+                own[name] = value.cpu()
+        return {name: own[name] for name in state}
 
 
 def parallelize(
@@ -142,6 +258,7 @@ def parallelize(
     *,
     communication: CommunicationConfig | None = None,
     deterministic: bool = False,
+    stage: Stage | None = None,
 ) -> Parallel:
     """``objective`` compiled, and joined with those of the other ranks; it is changed in place.
 
@@ -150,6 +267,7 @@ def parallelize(
     Args:
         compile_mode: of torch.compile, or ``off``.
         communication: how copies exchange gradients.
+        stage: this rank's, where the model is divided into stages.
 
     Raises:
         ConfigError: a divided model with captured graphs, whose tensors must stay where they are.
@@ -162,42 +280,16 @@ def parallelize(
                 "Take compile='default' or 'off' with mesh.shard or mesh.tensor, or replicate the model.",
             )
         # Between blocks, weights are gathered: each is compiled for itself, and equal ones once.
-        for part in [objective] if mesh.plain else blocks_of(objective.model):
+        blocks = blocks_of(objective.model) if stage is None else stage.blocks
+        for part in [objective] if mesh.plain else blocks:
             part.compile(mode=None if compile_mode == "default" else compile_mode)
+    if stage is not None:
+        return Staged(objective, mesh, stage)
     if not mesh.plain:
         return Sharded(objective, mesh) if mesh.copies > 1 else Divided(objective)
     if mesh.copies == 1:
         return Parallel(objective)
     return Replicated(objective, communication or CommunicationConfig(), mesh.world, deterministic)
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The repeated parts of a model, in order: modules of one class, themselves of several layers, that follow one another.
-
-    Residual blocks, transformer layers; none for a model without any.
-    """
-    found: list[nn.Module] = []
-
-    def visit(module: nn.Module) -> None:
-        repeated = _repeated(module)
-        # Stages of one class hold the blocks themselves.
-        if any(_repeated(part) for stage in repeated for part in stage.modules()):
-            repeated = []
-        found.extend(repeated)
-        for child in module.children():
-            if child not in repeated:
-                visit(child)
-
-    visit(model)
-    return found
-
-
-def _repeated(module: nn.Module) -> list[nn.Module]:
-    """Of a list of modules, those of several layers that have another of their class beside them."""
-    if not isinstance(module, nn.Sequential | nn.ModuleList):
-        return []
-    kinds = [type(child) for child in module]
-    return [child for child in module if kinds.count(type(child)) > 1 and any(True for _ in child.children())]
 
 
 def _parts(objective: Objective) -> Iterator[nn.Module]:

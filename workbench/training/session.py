@@ -43,6 +43,7 @@ from workbench.training.mesh import Mesh
 from workbench.training.objective import Objective
 from workbench.training.precision import Precision
 from workbench.training.recorder import Recorder, say_failed
+from workbench.training.stages import divided
 from workbench.training.tensor_parallel import divide
 from workbench.training.trainer import Trainer
 
@@ -137,13 +138,18 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
         whole = divide(model, find_source(config.mesh.plan, run.path), mesh.along("tensor"), next(batches.evaluation())[0][:2])
         if whole:
             decided.decide("mesh.plan", "whole: " + "; ".join(whole), "what doesn't divide evenly is computed by every rank")
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    stage = None
+    if mesh["pipeline"] > 1:
+        example = next(batches.evaluation())[0][:2]
+        stage = divided(model, mesh["pipeline"], mesh.place["pipeline"], example, precision.autocast)
 
     probes: dict[str, tuple[Probe, int]] = {}
     for name, wanted in config.probes.by_name().items():
         every = decisions.decide_every(name, wanted.every, world.device, total_steps, decided)
         probes[name] = (PROBES.create(find_source(name, run.path), wanted), every)
     probe_set = ProbeSet(probes, recorder.reading)
-    probe_set.attach(model)
+    probe_set.attach(model, stage.computes if stage is not None else None)
     captured = mesh.plain and config.balance.shares != "speed"
     compile_mode = decisions.decide_compile(config, world.device, total_steps, decided, captured=captured)
     objective = Objective(
@@ -163,7 +169,7 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     check_memory(config.memory, world.device, compile_mode, sharded=not mesh.plain)
     memory = settle_memory(config, objective, batches, precision.name, compile_mode, world, decided)
     config = config.model_copy(update={"memory": memory})
-    trainer = Trainer(config, objective, batches, precision, compile_mode, probe_set, recorder, control, mesh, balance)
+    trainer = Trainer(config, objective, batches, precision, compile_mode, probe_set, recorder, control, mesh, balance, stage)
 
     torch.manual_seed(derive_seed(config.seed, mesh.copy))
     if run.checkpoints:
@@ -178,7 +184,7 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
                 steps_per_epoch=batches.steps_per_epoch,
                 world_size=world.size,
                 device=_device_name(world.device),
-                parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+                parameters=parameters,
             )
         )
         before = launcher.Attempt.latest(run.path, before=recorder.attempt)

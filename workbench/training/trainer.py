@@ -13,7 +13,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from workbench import events
@@ -35,6 +34,7 @@ from workbench.training.objective import Objective
 from workbench.training.parallel import parallelize
 from workbench.training.precision import Precision
 from workbench.training.recorder import Recorder
+from workbench.training.stages import Stage
 
 
 class Trainer:
@@ -60,17 +60,26 @@ class Trainer:
         control: Control,
         mesh: Mesh,
         balance: Balance,
+        stage: Stage | None = None,
     ) -> None:
         self.parallel = parallelize(
-            objective, mesh, compile_mode, communication=config.communication, deterministic=config.deterministic
+            objective,
+            mesh,
+            compile_mode,
+            communication=config.communication,
+            deterministic=config.deterministic,
+            stage=stage,
         )
         self.config, self.objective, self.batches, self.precision = config, objective, batches, precision
         self.probes, self.recorder, self.control, self.world = probes, recorder, control, mesh.world
+        self.mesh = mesh
         self.model, self.trained = objective.model, objective.trained
         self.optimizer = make_optimizer(self.trained, config.optim)
         self.economy = Economy(config.memory, self.model, self.optimizer)
         self.clipper = None if config.clip.mode == "off" else AdaptiveGradientClipper(config.clip.max_norm, config.clip.mode)
-        self.average = WeightAverage(self.model, config.ema)
+        if self.clipper is not None and mesh["pipeline"] > 1:
+            self.clipper.others = mesh.along("pipeline").get_group()
+        self.average = WeightAverage(self.model, config.ema, self.parallel.owns)
         # Telling the compiler of a new step imports all of it, seconds that other runs need not spend.
         self._captured = compile_mode in ("reduce-overhead", "max-autotune")
         planned = config.epochs * batches.steps_per_epoch
@@ -202,16 +211,19 @@ class Trainer:
 
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
-        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
-        classes = False
+        sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         for x, y, count in self.batches.evaluation():
             with self.precision.autocast():
-                output = self.model(x)[:count]
+                output = self.parallel.output(x)
+                if output is None:
+                    continue
+                output = output[:count]
                 loss = self.objective.loss(output, y[:count])
             classes = output.ndim == 2 and y.ndim == 1 and not y.is_floating_point()
             right = (output.argmax(1) == y[:count]).sum() if classes else torch.zeros_like(loss)
-            sums += torch.stack([loss.double() * count, right.double(), torch.full_like(loss, count, dtype=torch.float64)])
-        loss_sum, right_sum, count_sum = sum_over_ranks(sums, self.world).tolist()
+            counts = torch.tensor([count, classes], dtype=torch.float64).to(loss.device, non_blocking=True)
+            sums += torch.cat([torch.stack([loss.double() * count, right.double()]), counts])
+        loss_sum, right_sum, count_sum, classes = sum_over_ranks(sums, self.world).tolist()
         return {"val_loss": loss_sum / count_sum} | ({"accuracy": right_sum / count_sum} if classes else {})
 
     def save(self) -> Path:
@@ -223,7 +235,7 @@ class Trainer:
         self.probes.collect(wait=True)
         self.recorder.flush(durable=True)
         self._share_buffers()
-        state = checkpoint.training_state(self.trained, self.optimizer, self._extra(), self.world)
+        state = checkpoint.training_state(self.trained, self.optimizer, self._extra(), self.mesh, self.parallel.owns)
         facts = {"step": self.step, "lr_scale": self.schedule.scale, "metrics": self.metrics, "world_size": self.world.size}
         checkpoint.save(path.parent, self.step, state, facts, self.world, self.config.checkpoint.keep)
         self._saved = self.step
@@ -234,7 +246,7 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint."""
         facts = checkpoint.read_facts(path)
-        extra = checkpoint.restore(path, self.trained, self.optimizer, self._extra(), self.world)
+        extra = checkpoint.restore(path, self.trained, self.optimizer, self._extra(), self.world, self.parallel.owns)
         self.step = self._saved = facts["step"]
         self.control.skip_to(self.step)
         self.schedule.scale, self.metrics = facts["lr_scale"], facts["metrics"]
@@ -268,10 +280,7 @@ class Trainer:
         self.clock.start()
 
     def _share_buffers(self) -> None:
-        """Rank 0's buffers to all, as the next forward pass would do: else a checkpoint mixes the ranks' batch statistics."""
-        if self.world.size > 1:
-            for buffer in (*self.model.buffers(), *self.average.buffers):
-                dist.broadcast(buffer, src=0)
+        self.parallel.share((*self.model.buffers(), *self.average.buffers))
 
     @contextmanager
     def _forward(self) -> Iterator[None]:
