@@ -122,6 +122,25 @@ def test_a_supervised_attempt_is_its_supervisors_until_that_has_said_how_it_ende
     assert launcher.claim(run.path, 2, supervisor=launcher.Process.current()) == 2  # its own
 
 
+def test_a_run_that_a_rank_starts_is_none_of_its_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = {}
+    monkeypatch.setattr(launcher.subprocess, "Popen", lambda *args, **options: started.update(options) or Child())
+    monkeypatch.setattr(launcher, "_children", {})
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "WORKBENCH_SUPERVISOR", "NCCL_DEBUG"):
+        monkeypatch.setenv(name, "1")
+    launcher.spawn(run.path, 1)
+    assert started["env"]["NCCL_DEBUG"] == "1"
+    assert not {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "WORKBENCH_SUPERVISOR"} & started["env"].keys()
+
+
+class Child:
+    """This very process, in place of one that was started."""
+
+    pid = os.getpid()
+
+    def wait(self) -> None: ...
+
+
 def test_the_tail_of_a_log(run: Run) -> None:
     assert launcher.tail(run.path, 1) == ""
     (run.path / "logs" / "attempt-0001.log").write_bytes(b"\n".join(b"line %d" % i for i in range(100)) + b"\xff\n")

@@ -35,6 +35,12 @@ import psutil
 from workbench.errors import RunError
 from workbench.storage import write_atomic
 
+RANK_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("TORCHELASTIC_", "WORKBENCH_SUPERVISOR", "WORKBENCH_LISTENER"),
+)
+"""Beginnings of the variables that tell a rank who it is: a run that a rank starts is none of its own."""
+
 _children: dict[int, subprocess.Popen[bytes]] = {}
 
 
@@ -232,7 +238,8 @@ def spawn(
 
 
 def _spawn(folder: Path, nproc: int, attempt: int, command: list[str]) -> Process:
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
+    environment["PYTHONUNBUFFERED"] = "1"
     # The worker must import what the notebook can: the folder it runs in, and this very package.
     here = [os.getcwd(), str(Path(__file__).resolve().parent.parent)]
     environment["PYTHONPATH"] = os.pathsep.join([*here, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -24,13 +24,15 @@ from pathlib import Path
 from types import FrameType
 
 from workbench import launcher
-from workbench.errors import ConfigError
+from workbench.errors import ConfigError, RunError, WorkbenchError
 from workbench.run import Run
 
 TICK = 0.05
 """Seconds between two looks at the ranks."""
 SETTLE = 2.0
 """Seconds that ranks have, once one is gone, to end by themselves: who died first is told from who died of that."""
+PATIENCE = 20.0
+"""Seconds that a killed process has to be gone."""
 PERMANENT = 2
 """Exit code of a rank whose error would come again: a setting, a model, a full disk."""
 UNFIT = 3
@@ -89,7 +91,13 @@ class Ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
         for child in self.children:
-            child.wait()
+            try:
+                child.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                raise RunError(
+                    f"The process {child.pid} was killed and does not end: it waits in a driver.",
+                    "Reset its accelerator, or start the machine again; resume() then goes on from the last checkpoint.",
+                ) from None
 
 
 def supervise(folder: Path, attempt: int, nproc: int, restarts: int = 0, min_nproc: int | None = None) -> int:
@@ -107,7 +115,7 @@ def supervise(folder: Path, attempt: int, nproc: int, restarts: int = 0, min_npr
             bad = ranks.watch()
         finally:
             ranks.end()
-        if not bad:
+        if not bad or _is_over(Run(folder), attempt):
             return 0
         failure = in_words(Run(folder), attempt, ranks, bad, _rise(killed_before, out_of_memory_kills()))
         left = remaining(Run(folder), attempt, places, bad, min_nproc or nproc)
@@ -140,6 +148,11 @@ def remaining(run: Run, attempt: int, places: list[int], bad: dict[int, int], fe
     while len(left) >= fewest and not _fits(run, len(left)):
         left.pop()
     return left if len(left) >= fewest else []
+
+
+def _is_over(run: Run, attempt: int) -> bool:
+    """Whether all is done and saved, however ranks parted after that."""
+    return any(event.attempt == attempt and event.type in ("finished", "stopped") for event in run.events)
 
 
 def _fits(run: Run, ranks: int) -> bool:
@@ -216,7 +229,13 @@ def main() -> int:
         raise SystemExit(128 + number)  # the ranks end on the way out
 
     signal.signal(signal.SIGTERM, leave)
-    return supervise(arguments.run, arguments.attempt, arguments.nproc, arguments.restarts, arguments.min_nproc)
+    try:
+        return supervise(arguments.run, arguments.attempt, arguments.nproc, arguments.restarts, arguments.min_nproc)
+    except WorkbenchError as error:
+        print(error, file=sys.stderr)
+        if (latest := launcher.Attempt.latest(arguments.run)) is not None:
+            launcher.release(arguments.run, latest.number, str(error))
+        return 1
 
 
 if __name__ == "__main__":
