@@ -1,11 +1,13 @@
 """One rank of a program that holds each way of exchanging gradients against the exact mean; rank 0 writes what it found.
 
-python -m torch.distributed.run --standalone --nproc-per-node=2 tests/training/exchange.py OUT
+``python -m torch.distributed.run --standalone --nproc-per-node=2 tests/training/exchange.py OUT``; with
+``EXCHANGE_DEVICE=cuda`` on as many GPUs, else on the CPU.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,9 @@ from workbench.training.mesh import Mesh
 from workbench.training.objective import Objective
 from workbench.training.precision import Precision
 
+CUDA = os.environ.get("EXCHANGE_DEVICE") == "cuda"
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
+
 
 def objective(dtype: torch.dtype = torch.float32) -> Objective:
     """Matrices, vectors, a convolution, batch statistics, dropout."""
@@ -40,12 +45,13 @@ def objective(dtype: torch.dtype = torch.float32) -> Objective:
         nn.Linear(64, 64),
         nn.Linear(64, 10),
     )
-    return Objective(model.to(dtype), nn.CrossEntropyLoss())
+    return Objective(model.to(DEVICE, dtype), nn.CrossEntropyLoss())
 
 
 def batch(rank: int, step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 * rank + step)
-    return torch.randn(8, 1, 8, 8, generator=generator, dtype=dtype), torch.randint(10, (8,), generator=generator)
+    x, y = torch.randn(8, 1, 8, 8, generator=generator, dtype=dtype), torch.randint(10, (8,), generator=generator)
+    return x.to(DEVICE), y.to(DEVICE)
 
 
 def gradients(exchanged: Any, rank: int, steps: int, dtype: torch.dtype) -> list[list[Tensor]]:
@@ -130,14 +136,14 @@ def kept(rank: int) -> dict[str, float]:
 
 def recovered(rank: int) -> float:
     """Gradients of rank 3, and zeros, through factors of rank 4 in float64: how far from their mean after two steps."""
-    parameters = [nn.Parameter(torch.zeros(40, 60, dtype=torch.float64)) for _ in range(2)]
+    parameters = [nn.Parameter(torch.zeros(40, 60, dtype=torch.float64, device=DEVICE)) for _ in range(2)]
     low_rank = LowRank(parameters, 4, 0)
     generator = torch.Generator().manual_seed(0)
     sides = [torch.randn(60, 3, generator=generator, dtype=torch.float64).T for _ in range(2)]
     left = torch.randn(40, 3, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
     worst = 0.0
     for step in range(4):
-        gradient = left @ sides[0]
+        gradient = (left @ sides[0]).to(DEVICE)
         mean = gradient.clone()
         dist.all_reduce(mean)
         # the second is zero at first
@@ -157,6 +163,7 @@ def measured(world: World) -> dict[str, Any]:
     made.model.insert(4, nn.Linear(64, 64))
     big = nn.Linear(1024, 2048)
     made.model[3] = nn.Sequential(big, nn.Linear(2048, 64))  # more than a bucket of 5 MiB
+    made.to(DEVICE)
     before = {name: value.clone() for name, value in made.state_dict().items()}
     state = torch.get_rng_state()
     wanted = decide_bucket(config, made, batches, Precision("fp32", world.device), "off", mesh, decided)
@@ -176,8 +183,11 @@ def measured(world: World) -> dict[str, Any]:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
-    world = World(dist.get_rank(), dist.get_world_size())
+    if CUDA:
+        torch.cuda.set_device(DEVICE)
+        torch.use_deterministic_algorithms(True)
+    dist.init_process_group("nccl" if CUDA else "gloo", device_id=DEVICE if CUDA else None)
+    world = World(dist.get_rank(), dist.get_world_size(), device=DEVICE)
     found = {
         "compare": compare(world.rank),
         "kept": kept(world.rank),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from workbench import TrainConfig, launch
+from workbench import Run, TrainConfig, launch, launcher
 from workbench.errors import ConfigError
 from workbench.training.communication import check_communication
 from workbench.training.lowrank import orthonormal
@@ -75,14 +76,22 @@ def test_columns_at_right_angles_without_those_that_add_nothing() -> None:
     torch.testing.assert_close(made @ (made.mT @ columns), columns)
 
 
-def test_low_rank_errors_survive_a_stop(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    """Stopped and resumed, a run has the losses of one that never stopped; it learns."""
+def test_low_rank_errors_are_in_the_checkpoint(
+    config: Callable[..., TrainConfig], until: Callable[..., Any], tmp_path: Path
+) -> None:
+    """From its last but one checkpoint, a run goes on to the same weights, bit for bit; it learns."""
     settings = {"model.args": {"dropout": 0.0, "width": 64}, "communication.compress": "powersgd", "communication.start": 2}
-    chosen = config(**settings, **{"communication.rank": 2, "epochs": 2})
+    chosen = config(**settings, **{"communication.rank": 2, "epochs": 2, "checkpoint.every_steps": 6})
     whole = launch(chosen, nproc=2, root=tmp_path).wait(timeout=120)
-    stopped = launch(chosen, nproc=2, root=tmp_path, replay=[(7, "stop", {})]).wait(timeout=120)
-    stopped.resume().wait(timeout=120)
-    np.testing.assert_array_equal(stopped.history["loss"], whole.history["loss"])
+    until(lambda: launcher.at_work(whole.path) is None)
+    shutil.copytree(whole.path, tmp_path / "again")
+    again = Run.open(tmp_path / "again")
+    shutil.rmtree(again.checkpoints[-1])
+    assert again.checkpoints[-1].name == "step-12"
+    launcher.spawn(again.path, 2)
+    again.wait(timeout=120)
+    np.testing.assert_array_equal(again.history["loss"], whole.history["loss"])
+    assert (again.path / "model.safetensors").read_bytes() == (whole.path / "model.safetensors").read_bytes()
     assert whole.history["loss"].iloc[-3:].mean() < whole.history["loss"].iloc[:3].mean()
 
 
