@@ -231,3 +231,14 @@ def test_draws_are_uniform() -> None:
     assert float(((counts - 10_000) ** 2 / 10_000).sum()) < 25
     values = draw.uniform()
     assert values.min() >= 0 and values.max() < 1 and float(values.mean()) == pytest.approx(0.5, abs=0.01)
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+
+    splits, whole = load_splits(DataConfig(name="digits")), load_digits()
+    held_out = np.arange(len(whole.target)) % 5 == 0
+    for part, chosen in ((splits.train, ~held_out), (splits.eval, held_out)):
+        assert isinstance(part, Arrays)
+        assert np.array_equal(part.x[:, 0], np.rint(whole.images[chosen] * (255 / 16)))
+        assert np.array_equal(part.y, whole.target[chosen])
