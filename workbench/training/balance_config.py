@@ -13,7 +13,7 @@ class BalanceConfig(Config):
     """Shares of the global batch. The gradient is that of the whole batch however it is shared out.
 
     Batch normalization takes its statistics from a rank's own samples, so that unequal shares change them as another number of
-    ranks would.
+    ranks would. By speed, two runs are equal up to rounding, not bit for bit.
     """
 
     shares: Literal["even", "speed"] | tuple[Annotated[float, Field(gt=0)], ...] = Field(

@@ -29,6 +29,7 @@ from workbench.training.precision import Precision
 
 SETTING = "communication.bucket"
 DEFAULT = 25.0
+"""DDP's own size in MiB; left to it, the first bucket is of 1 MiB, so that something travels early."""
 CANDIDATES: tuple[float | str, ...] = (5.0, DEFAULT, 100.0, "whole")
 WARM, TIMED = 3, 5
 """Steps of each candidate: the first have one bucket, fill caches, and find their buckets; the others count."""
@@ -69,7 +70,7 @@ def replicate(
     size = "whole" if config.compress == "powersgd" else DEFAULT if config.bucket == "auto" else config.bucket
     ddp = DistributedDataParallel(
         objective,
-        bucket_cap_mb=1 << 20 if size == "whole" else size,
+        bucket_cap_mb=1 << 20 if size == "whole" else None if size == DEFAULT else size,
         # As views of buckets, gradients shift in memory once the buckets are rebuilt, and norms of them by their last bit.
         gradient_as_bucket_view=not deterministic,
     )
