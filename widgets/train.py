@@ -13,7 +13,7 @@ from typing import Any
 
 import ipywidgets
 
-from widgets import theme
+from widgets import elsewhere, theme
 from widgets.follow import Follower
 from widgets.form import Form
 from widgets.job import execute
@@ -36,6 +36,7 @@ HELD_OUT = frozenset(("val_loss", "loss"))
 COUNTS = {
     "nproc": ("processes", 1, "Processes on this machine, one per accelerator"),
     "restarts": ("restarts", 0, "How often all start again from the last checkpoint after one was lost"),
+    "hosts": ("machines", 1, "Machines that train together, each with so many processes"),
 }
 """What a launch takes beside its config: label, least value, what it means."""
 
@@ -66,7 +67,7 @@ class TrainPanel(Panel):
     def __init__(self, config: TrainConfig | None = None, run: Run | None = None) -> None:
         super().__init__()
         self.run: Run | None = run if run is not None else find_run(config)
-        self._counts = {"nproc": "1", "restarts": "0"}
+        self._counts = {"nproc": "1", "restarts": "0", "hosts": "1"}
         self._initial = config or _config_of(self.run) or TrainConfig()
         self._form: Form[TrainConfig] | None = None
         self._error, self._busy = Html(), ""
@@ -102,13 +103,29 @@ class TrainPanel(Panel):
             config = self.config.to_code()
         except ConfigError as error:
             return f"# {error}"
-        nproc, restarts = self._counts.values()
+        nproc, restarts = self._counts["nproc"], self._counts["restarts"]
         call = f"launch(config, nproc={nproc}" + (f", restarts={restarts})" if int(restarts) else ")")
         return f"from workbench import TrainConfig, launch\n\nconfig = {config}\nrun = {call}\n"
 
     def start(self) -> None:
         """Do what the Start button does; returns at once."""
         self._act("start", self.code, "Start ran this code")
+
+    def write_script(self, kind: str) -> None:
+        """Show what starts the run on several machines by ``torchrun``, ``slurm`` or ``kubernetes``; returns at once."""
+        code = elsewhere.code(self.config.to_code(), kind, self._counts)
+        self._error = Html()
+
+        def write() -> None:
+            script = execute(code)["script"]
+            self._refresh_start()
+            self._show_code(script.text, f"{code.splitlines()[-1]} wrote this")
+
+        def fail(error: BaseException) -> None:
+            self._error = theme.error_notice(error)
+            self._refresh_start()
+
+        self._do(write, fail)
 
     def attach(self, run: Run) -> None:
         """Follow ``run`` from its first step."""
@@ -136,7 +153,8 @@ class TrainPanel(Panel):
         self._form = Form(TrainConfig, self._initial, first=FIRST)
         self._form.on_change(lambda config: self._refresh_start())
         counts = {name: self._setter(name) for name in COUNTS}
-        self._launcher = Surface(on={"start": lambda value, values: self.start(), **counts})
+        starting = {"start": lambda value, values: self.start(), "elsewhere": lambda value, values: self.write_script(value)}
+        self._launcher = Surface(on={**starting, **counts})
         actions = {name: self._action(name) for name in ("pause", "resume", "stop", "rate")}
         self._header = Surface(self._header_html("created"), on=actions)
         self._loss = self._own(
@@ -173,18 +191,20 @@ class TrainPanel(Panel):
         assert form is not None
         wrong = next((f"{path}: {words}" for path, words in form.errors.items() if path), "")
         starting = self._busy == "start"
-        counts = [
+        nproc, restarts, hosts = (
             tag("label", f"{label} ", self._count_input(name, title), cls="row quiet")
             for name, (label, _, title) in COUNTS.items()
-        ]
+        )
         line = tag(
             "div",
-            *counts,
+            nproc,
+            restarts,
             tag("span", cls="grow"),
             button("Starting…" if starting else "Start training", "start", primary=True, off=bool(form.message) or starting),
             cls="row wb-launch",
         )
-        self._launcher.html = tag("div", line, self._error or theme.notice(wrong), cls="stack")
+        others = elsewhere.controls(hosts, off=bool(form.message) or bool(self._busy))
+        self._launcher.html = tag("div", line, others, self._error or theme.notice(wrong), cls="stack")
         self._show_code(title="Start runs this code")
 
     def _header_html(self, status: str) -> Html:

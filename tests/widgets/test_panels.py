@@ -16,6 +16,7 @@ from widgets import RunList, TrainPanel
 from widgets.follow import Follower
 from widgets.job import Job
 from workbench import events
+from workbench.cluster import CLUSTERS
 from workbench.errors import RunError
 from workbench.run import Run
 from workbench.training.config import TrainConfig
@@ -93,6 +94,21 @@ class TestTrainPanel:
             panel._launcher.act(name, right)
             assert "whole number" not in panel._launcher.html
         assert "launch(config, nproc=2, restarts=3)" in panel.code
+        panel.close()
+
+    @pytest.mark.parametrize("kind", CLUSTERS)
+    def test_writes_what_starts_the_run_on_several_machines(self, kind: str, live: None, runs: Path, until: Any) -> None:
+        panel = TrainPanel(TrainConfig(data={"batch_size": 64}))
+        _ = panel.view
+        for name, value in (("nproc", "8"), ("hosts", "2"), ("restarts", "3")):
+            panel._launcher.act(name, value)
+        panel._launcher.act("elsewhere", kind)
+        assert panel._code_view is not None
+        until(lambda: "workbench.worker" in panel._code_view.code)
+        assert f"{CLUSTERS.factory(kind).__name__}(nproc=8, restarts=3, hosts=2)" in panel._code_view.title
+        panel._launcher.act("nproc", "7")
+        panel._launcher.act("elsewhere", kind)
+        until(lambda: "does not divide into 14 ranks" in panel._launcher.html)
         panel.close()
 
     def test_start_returns_at_once_and_runs_that_very_code(self, live: None, runs: Path, until: Any) -> None:
