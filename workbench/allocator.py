@@ -93,8 +93,15 @@ def forget(error: BaseException) -> None:
 def give_back() -> None:
     """Collect what is held only in circles, and return what the allocator has cached to the device, for other processes."""
     gc.collect()
+    give_back()
+
+
+def give_back() -> None:
+    """What allocators keep for later use goes back to where they had it from."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _on_cpu(call: Callable[[], Any], clean: bool) -> Held:

@@ -435,26 +435,6 @@ def test_a_full_disk_leaves_room_to_say_so(config: Callable[..., TrainConfig], t
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_memory_that_does_not_suffice_becomes_advice(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    large = config(
-        data={"name": "digits", "batch_size": 1400},
-        model={"name": "mlp", "args": {"widths": [200_000]}},
-        optim__name="sgd",
-        clip__mode="off",
-        precision="fp32",
-    )
-    limit = (
-        "import psutil, torch, workbench.training.session\n"
-        "size = psutil.Process().memory_info().vms + 1_000_000_000\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (size, size))"
-    )
-    run, printed = limited(large, limit, tmp_path / "runs")
-    assert "MemoryExhausted" in printed, printed
-    assert run.error is not None
-    for word in ("Out of memory with data.batch_size=1400", "accumulate=2", "precision=bf16", "data.batch_size=700"):
-        assert word in run.error, run.error
-
-
 def test_a_checkpoint_of_another_user_is_not_opened(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     if os.getuid() != 0:
         pytest.skip("giving a file away takes the rights of root")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.allocator import forget, held_by, ran_out, tensor_bytes
+from workbench.allocator import forget, give_back, held_by, ran_out, room, tensor_bytes
 from workbench.data.batches import Batches, Shard, Target
 from workbench.data.splits import load_splits
 from workbench.distributed import pick_device
@@ -101,6 +101,8 @@ class Trial:
             return None
         finally:
             self.objective.zero_grad(set_to_none=True)
+            if self.device.type == "cpu":  # blocks of one size, kept in pieces, are in the way of larger ones
+                give_back()
         return Cost(tensor_bytes(self.objective) + self.held + most, min(seconds, default=math.nan))
 
     @contextmanager
@@ -150,7 +152,7 @@ class Trial:
         update, may hold the most.
 
         Args:
-            near: size that will be asked for; sizes measured stay at or under half of it.
+            near: size that will be asked for; sizes measured stay at or under half of it, where these are enough.
 
         Raises:
             MemoryExhausted: not even the smallest step fits.
@@ -169,7 +171,9 @@ class Trial:
                 break
             size *= 2
             if near is not None and each and size > near // 2:
-                break
+                soon = peaks[-1] + each[-1] * (size - sizes[-1])
+                if len(each) > 1 or size > near or soon > room(self.device) / 2:
+                    break
         if not peaks:
             raise MemoryExhausted(f"A step of {size} samples does not fit.", "Take a smaller model, or spread it: mesh.shard.")
         if len(peaks) == 1:
