@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from widgets.markup import Html, button, tag
+from widgets.markup import Html, select, tag
 from workbench.cluster.config import CLUSTERS
 
 
-def controls(hosts: Html, off: bool) -> Html:
-    """The line below Start: how many machines, and a button for each kind of cluster."""
-    kinds = [
-        button(name, "elsewhere", value=name, off=off, title=f"Write what starts this run by {name}; nothing is started")
-        for name in CLUSTERS
-    ]
-    return tag("div", hosts, tag("span", cls="grow"), tag("span", "elsewhere by", cls="quiet small"), *kinds, cls="row wb-launch")
+def controls(hosts: Html) -> Html:
+    """The line below Start: how many machines, and the kind of cluster to write a script for."""
+    kinds = [("", "script for …"), *((name, name) for name in CLUSTERS)]
+    return tag(
+        "div",
+        hosts,
+        tag("span", cls="grow"),
+        select(kinds, "", "elsewhere", "Write what starts this run by"),
+        cls="row wb-launch",
+    )
 
 
 def code(config: str, kind: str, counts: Mapping[str, str]) -> str:

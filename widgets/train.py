@@ -113,10 +113,12 @@ class TrainPanel(Panel):
 
     def write_script(self, kind: str) -> None:
         """Show what starts the run on several machines by ``torchrun``, ``slurm`` or ``kubernetes``; returns at once."""
-        code = elsewhere.code(self.config.to_code(), kind, self._counts)
+        if not kind:
+            return
         self._error = Html()
 
         def write() -> None:
+            code = elsewhere.code(self.config.to_code(), kind, self._counts)
             script = execute(code)["script"]
             self._refresh_start()
             self._show_code(script.text, f"{code.splitlines()[-1]} wrote this")
@@ -203,8 +205,7 @@ class TrainPanel(Panel):
             button("Starting…" if starting else "Start training", "start", primary=True, off=bool(form.message) or starting),
             cls="row wb-launch",
         )
-        others = elsewhere.controls(hosts, off=bool(form.message) or bool(self._busy))
-        self._launcher.html = tag("div", line, others, self._error or theme.notice(wrong), cls="stack")
+        self._launcher.html = tag("div", line, elsewhere.controls(hosts), self._error or theme.notice(wrong), cls="stack")
         self._show_code(title="Start runs this code")
 
     def _header_html(self, status: str) -> Html:
