@@ -3,9 +3,10 @@
     python -m tests.bench.balance [--times 3] [--rounds 3] [--out FILE]
 
 Two ranks train one multilayer perceptron; the second computes its forward and backward pass ``times`` over, a real slow-down
-in proportion to its samples, and the same gradients. The ideal is what two ranks of these speeds, each measured alone at half
-the batch, could do together: batch / (rate + rate). Equal shares and balanced ones take turns; the figures are medians. Losses
-are held against those of one process. With two CUDA devices the ranks are on these, else on the CPU's cores, one thread each.
+in proportion to its samples, and the same gradients. The ideal is what these two could do without waiting for one another:
+batch / (rate + rate), of two runs of one process at the same time, each of half the batch. Equal shares and balanced ones
+take turns; the figures are medians. Losses are held against those of one process. With two CUDA devices the ranks are on
+these, else on the CPU's cores, one thread each.
 """
 
 from __future__ import annotations
@@ -78,8 +79,25 @@ def config(**changes: Any) -> TrainConfig:
 def step_time(run: Run) -> float:
     """Median seconds of a step over the second half of the run."""
     batch = run.config.data.batch_size
-    told = [event for event in run.events if isinstance(event, Steps) and event.step > STEPS // 2 and event.samples_per_s]
+    told = [
+        event for event in run.events if isinstance(event, Steps) and event.step > run.progress.step // 2 and event.samples_per_s
+    ]
     return statistics.median(batch / event.samples_per_s for event in told if event.samples_per_s)
+
+
+def apart(place: int, factor: int, root: str) -> Run:
+    """Half the batch on a process of its own, as long as the other one; returns at once."""
+    half = config(data__batch_size=BATCH // 2, **{"model.args": {"slow": 0, "times": factor}})
+    if factor == 1:
+        half = half.override({"max_steps": 3 * STEPS})  # the slower one needs its company to the end
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(place)
+    try:
+        return launch(half, root=root)
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 def main() -> None:
@@ -91,7 +109,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     slowed: dict[str, Any] = {"model.args": {"times": arguments.times}}
-    times: dict[str, list[float]] = {name: [] for name in ("even", "speed", "fast alone", "slow alone")}
+    times: dict[str, list[float]] = {name: [] for name in ("even", "speed", "fast apart", "slow apart")}
     with tempfile.TemporaryDirectory() as root:
         reference = train(config(), root=root).run.history["loss"]
         for _ in range(arguments.rounds):
@@ -101,9 +119,9 @@ def main() -> None:
                 difference = float((run.history["loss"] - reference).abs().max())
                 said = run.resolved.get("balance.sizes", {}).get("value", "equal")
                 print(f"{shares:<6} {1000 * times[shares][-1]:8.2f} ms a step, shares {said}, losses differ by {difference:.1e}")
-            for name, factor in (("fast alone", 1), ("slow alone", arguments.times)):
-                half = config(data__batch_size=BATCH // 2, **{"model.args": {"slow": 0, "times": factor}})
-                times[name].append(step_time(train(half, root=root).run))
+            both = [apart(place, factor, root) for place, factor in enumerate((1, arguments.times))]
+            for name, run in zip(("fast apart", "slow apart"), both, strict=True):
+                times[name].append(step_time(run.wait()))
     even, speed, fast, slow = (statistics.median(found) for found in times.values())
     ideal = BATCH / (BATCH / 2 / fast + BATCH / 2 / slow)
     device = torch.cuda.get_device_name() if CUDA else "CPU"

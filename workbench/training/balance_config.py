@@ -27,5 +27,5 @@ class BalanceConfig(Config):
         description="Optimizer steps between two looks at the ranks' speed, for shares=speed; the first comes after as many.",
     )
     gain: float = Field(
-        0.05, gt=0, lt=1, description="Shares change when a step is expected to become shorter by this part of its time."
+        0.03, gt=0, lt=1, description="Shares change when a step is expected to become shorter by this part of its time."
     )
