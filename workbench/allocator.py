@@ -91,13 +91,13 @@ def forget(error: BaseException) -> None:
 
 
 def give_back() -> None:
-    """Collect what is held only in circles, and return what the allocator has cached to the device, for other processes."""
+    """Collect what is held only in circles, and return what allocators have cached, for other processes."""
     gc.collect()
-    give_back()
+    trim()
 
 
-def give_back() -> None:
-    """What allocators keep for later use goes back to where they had it from."""
+def trim() -> None:
+    """Return what allocators have cached: kept in pieces, it is in the way of larger blocks."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     with suppress(AttributeError, OSError, TypeError):  # another C library

@@ -70,5 +70,5 @@ class Wide(nn.Module):
         return self.classifier(self.blocks(x.flatten(2) * self.scale).mean(1))
 
 
-def wide(num_classes: int = 10, in_channels: int = 1, times: int = 1600, depth: int = 4) -> Wide:
+def wide(num_classes: int = 10, in_channels: int = 1, times: int = 1600, depth: int = 2) -> Wide:
     return Wide(num_classes, times, depth)

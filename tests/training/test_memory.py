@@ -304,7 +304,7 @@ import psutil, resource, sys
 import torch, workbench.training.session
 from workbench import TrainConfig, train
 config = TrainConfig.from_yaml(sys.argv[1])
-size = psutil.Process().memory_info().vms + 1_250_000_000
+size = psutil.Process().memory_info().vms + 1_050_000_000
 resource.setrlimit(resource.RLIMIT_AS, (size, size))
 train(config.override(sys.argv[3:]), root=sys.argv[2])
 """

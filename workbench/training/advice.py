@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from workbench.allocator import forget
@@ -93,7 +91,7 @@ class _Search:
             predicted = self.line(setting).at(samples)
             cost = self.trial.measure(samples, setting) if predicted <= self.limit else None
             if cost is not None and cost.peak <= self.limit:
-                shown = samples if samples < self.samples and _normalized(self.trial.objective) else None
+                shown = samples if samples < self.samples and self.trial.normalized else None
                 remedies.append(Remedy(overrides, predicted, cost.peak, shown))
         return Advice(self.line(self.base).at(self.samples), self.limit, remedies)
 
@@ -128,7 +126,7 @@ class _Search:
         """The same in more micro-steps, as few as fit."""
         most = self.line(replace(setting, parts=2)).largest(self.limit)
         for factor in range(2, self.samples + 1):
-            if self.samples % factor == 0 and self.samples // factor <= most:
+            if self.samples % factor == 0 and self.trial.least <= self.samples // factor <= most:
                 parts = self.parts * factor
                 yield change | {"accumulate": parts}, replace(setting, parts=parts), self.samples // factor
                 return
@@ -145,7 +143,3 @@ class _Search:
 
 def _saving(setting: Setting, **changes: Any) -> Setting:
     return replace(setting, memory=setting.memory.override(changes))
-
-
-def _normalized(model: nn.Module) -> bool:
-    return any(isinstance(module, _BatchNorm) for module in model.modules())

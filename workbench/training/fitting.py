@@ -191,7 +191,7 @@ def largest(trial: Trial, setting: Setting, budget: int, *, prove: bool = True) 
     for _ in range(4):
         samples = line.largest(budget)
         samples -= samples % 8 if samples >= 16 else 0
-        if samples < 1:
+        if samples < trial.least:
             break
         predicted = line.at(samples)
         if not prove:

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from workbench.allocator import forget, give_back, held_by, ran_out, room, tensor_bytes
+from workbench.allocator import forget, held_by, ran_out, room, tensor_bytes, trim
 from workbench.data.batches import Batches, Shard, Target
 from workbench.data.splits import load_splits
 from workbench.distributed import pick_device
@@ -76,6 +77,9 @@ class Trial:
             )
         self.objective, self.batch, self.optim, self.held = objective, batch, optim, held
         self.device = batch[0].device
+        self.normalized = any(isinstance(module, _BatchNorm) for module in objective.modules())
+        self.least = 2 if self.normalized else 1
+        """Fewest samples of a micro-step: batch normalization in training takes two."""
 
     def measure(self, samples: int, setting: Setting, *, timed: bool = False) -> Cost | None:
         """The cost of a step whose micro-steps have ``samples`` each, or None when it doesn't fit.
@@ -101,8 +105,8 @@ class Trial:
             return None
         finally:
             self.objective.zero_grad(set_to_none=True)
-            if self.device.type == "cpu":  # blocks of one size, kept in pieces, are in the way of larger ones
-                give_back()
+            if self.device.type == "cpu":
+                trim()
         return Cost(tensor_bytes(self.objective) + self.held + most, min(seconds, default=math.nan))
 
     @contextmanager
@@ -160,9 +164,9 @@ class Trial:
         size = 2 if near is None else max(2, near // 16)
         sizes: list[int] = []
         peaks: list[int] = []
-        while (cost := self.measure(size, setting)) is not None or (not peaks and size > 1):
+        while (cost := self.measure(size, setting)) is not None or (not peaks and size > self.least):
             if cost is None:
-                size //= 2
+                size = max(self.least, size // 2)
                 continue
             sizes.append(size)
             peaks.append(cost.peak)
