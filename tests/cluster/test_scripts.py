@@ -148,13 +148,14 @@ def test_two_hosts_train_one_run_lose_a_rank_and_stop_at_the_time_limit(
         ranks = [worker for host in hosts for worker in host.children()]
         assert len(hosts) == 2 and len(ranks) == 2
         next(worker for worker in ranks if worker.environ()["RANK"] == "1").kill()
-        until(lambda: run.findings, 60)
-        until(lambda: run.progress.step > 8, 60)
+        until(lambda: run.findings, 180)
+        until(lambda: run.progress.step > 8, 120)
         assert "A rank or its host was lost" in run.findings[0].message
         psutil.Process(job.pid).send_signal(10)  # the time limit is near
-        job.wait(timeout=60)
+        job.wait(timeout=120)
     finally:
         job.kill()
+        job.wait()
         print((tmp_path / "job.log").read_text())
     assert run.status == "stopped" and (tmp_path / "requeued").read_text() == "requeue 7\n"
     done = len(run.history)

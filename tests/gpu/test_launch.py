@@ -45,17 +45,17 @@ def until(condition: Callable[[], object], seconds: float) -> float:
 
 @pytest.mark.parametrize("mode", ["off", "default", "reduce-overhead"])
 def test_training_here_keeps_no_memory_but_the_models(mode: str) -> None:
-    config = CONFIG.override({"compile": mode})
-    train(config)  # libraries' own workspaces stay
+    train(CONFIG)  # libraries' own workspaces stay
     torch.cuda.empty_cache()
     allocated, before = torch.cuda.memory_allocated(), free(0)
-    result = train(config)
+    result = train(CONFIG.override({"compile": mode}))
     own = sum(tensor.nbytes for tensor in (*result.model.parameters(), *result.model.buffers()))
-    assert torch.cuda.memory_allocated() - allocated < 1.1 * own + (8 << 20)
+    print(f"compile={mode}: {(torch.cuda.memory_allocated() - allocated - own) / 2**20:.1f} MiB beside the model")
+    assert torch.cuda.memory_allocated() - allocated < own + SLACK
     del result
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_allocated() - allocated < 8 << 20
-    assert before - free(0) < SLACK
+    assert torch.cuda.memory_allocated() - allocated < SLACK
+    assert before - free(0) < 2 * SLACK
 
 
 def test_a_run_that_runs_out_of_memory_here_gives_it_back() -> None:

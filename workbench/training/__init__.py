@@ -73,12 +73,22 @@ def carry_out(run: Run, *, data: Any = None) -> TrainResult:
     try:
         trainer = execute(run, attempt, data=data)
     except WorkbenchError as error:
+        _drop_graphs(run)
         forget(error)
         raise
     result = TrainResult(run, trainer.model, trainer.metrics)
     del trainer
+    _drop_graphs(run)
     give_back()
     return result
+
+
+def _drop_graphs(run: Run) -> None:
+    """Forget what was compiled: captured graphs hold on to all the memory that they were captured with."""
+    if run.config.compile != "off":
+        import torch
+
+        torch.compiler.reset()
 
 
 def prepare(
