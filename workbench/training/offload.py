@@ -35,6 +35,7 @@ class _Away:
     sent: torch.cuda.Event | None = None
     back: Tensor | None = None
     arrived: torch.cuda.Event | None = None
+    used: bool = False
 
 
 class ActivationOffload:
@@ -116,8 +117,9 @@ class ActivationOffload:
         place = self._places.get(id(packed))
         self._fetch(packed)
         for away in self._order[max(0, place - AHEAD) : place] if place is not None else ():
-            self._fetch(away)
-        found, packed.back = packed.back, None
+            if not away.used:
+                self._fetch(away)
+        found, packed.back, packed.used = packed.back, None, True
         assert found is not None
         if packed.arrived is not None:
             torch.cuda.current_stream(packed.device).wait_event(packed.arrived)
