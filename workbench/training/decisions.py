@@ -87,6 +87,8 @@ def decide_compile(
     if device.type == "cuda" and total_steps >= 1000:
         reason = f"{total_steps} steps on a GPU pay for a minute of compilation; captured graphs free the host"
         return str(decisions.decide("compile", "reduce-overhead", reason))
+    if total_steps >= 1000:
+        return str(decisions.decide("compile", "default", f"{total_steps} steps may pay for a minute of compilation"))
     return str(decisions.decide("compile", "off", f"{total_steps} steps on {device.type} do not pay for compilation"))
 
 

@@ -272,7 +272,7 @@ def parallelize(
     Raises:
         ConfigError: a divided model with captured graphs, whose tensors must stay where they are.
     """
-    if compile_mode != "off":
+    if compile_mode != "off" and objective._compiled_call_impl is None:
         torch.compiler.reset()  # what a kernel compiled before must not decide how this run is compiled, nor use up the limit
         if not mesh.plain and compile_mode != "default":
             raise ConfigError(

@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,16 @@ from workbench.training.config import TrainConfig
 from workbench.training.control import Command, Control
 from workbench.training.distillation import Distillation
 from workbench.training.economy import check_memory
-from workbench.training.fitting import GIB, settle_memory
+from workbench.training.fitting import GIB, sample_batch, settle_memory
 from workbench.training.mesh import Mesh
 from workbench.training.objective import Objective
 from workbench.training.precision import Precision
 from workbench.training.recorder import Recorder, say_failed
+from workbench.training.speed import MEASURED_FROM, measured_compile, measured_precision
 from workbench.training.stages import divided
 from workbench.training.tensor_parallel import divide
 from workbench.training.trainer import Trainer
+from workbench.training.trial import Trial
 
 
 def execute(run: Run, attempt: int, *, data: Any = None) -> Trainer:
@@ -116,6 +119,7 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
         kept["distill.terms"] = {find_source(name, run.path): weight for name, weight in config.distill.terms.items()}
     config = config.override(kept)
     decided = decisions.Decisions(run.resolved)
+    open_questions = {name for name in ("precision", "compile") if getattr(config, name) == "auto" and name not in decided.made}
     splits = load_splits(config.data, data, root=run.path)
     precision = Precision(decisions.decide_precision(config, world.device, decided), world.device)
     torch.manual_seed(derive_seed(config.seed))
@@ -134,6 +138,15 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     batches = Batches(splits, config.data.override({"placement": placement}), shard, target, config.seed)
     total_steps = min(config.epochs * batches.steps_per_epoch, config.max_steps or 10**12)
     _check_model(model, batches, config, precision)
+    measurable = mesh.plain and total_steps >= MEASURED_FROM and config.distill is None
+    if "precision" in open_questions and measurable and config.compile == "off":
+        x, y = sample_batch(batches)
+        x = x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        trial = Trial(Objective(model, make_loss(config.loss)), (x, y), config.optim)
+        precision = Precision(
+            measured_precision(trial, precision.name, total_steps, config.accumulate, world, decided), world.device
+        )
+        batches.target = replace(target, dtype=precision.dtype)
     if mesh["tensor"] > 1:
         whole = divide(model, find_source(config.mesh.plan, run.path), mesh.along("tensor"), next(batches.evaluation())[0][:2])
         if whole:
@@ -155,6 +168,9 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     objective = Objective(
         model, make_loss(config.loss), config.penalties, _distillation(config, model, batches, precision, run.path)
     )
+    if "compile" in open_questions and compile_mode != "off" and measurable:
+        trial = Trial(objective, sample_batch(batches), config.optim)
+        compile_mode = measured_compile(trial, compile_mode, precision.name, total_steps, config.accumulate, world, decided)
 
     def reshared(sizes: tuple[int, ...], finding: events.Finding) -> None:
         decided.revise(SETTING, list(sizes), finding.message)

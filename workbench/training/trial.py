@@ -41,11 +41,15 @@ AGREEMENT = 0.02
 
 @dataclass(frozen=True)
 class Setting:
-    """How a trial's step computes: in ``parts`` micro-steps, in a precision, with a memory config in which nothing is auto."""
+    """How a trial's step computes: in ``parts`` micro-steps, in a precision, with a memory config in which nothing is auto.
+
+    ``compiled``: by the objective's compiled call, if it has one.
+    """
 
     precision: str = "fp32"
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     parts: int = 1
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Cost:
 
 
 class Trial:
-    """Steps of an objective on this device, alone and not compiled; between them, weights and random states stay as they are.
+    """Steps of an objective on this device, alone; between them, weights and random states stay as they are.
 
     Args:
         objective: on its device.
@@ -116,10 +120,14 @@ class Trial:
         precision = Precision(setting.precision, self.device)
         economy = Economy(setting.memory, self.objective.model, optimizer)
 
+        call = self.objective if setting.compiled else self.objective.forward
+
         def step(parts: int) -> None:
+            if setting.compiled:
+                torch.compiler.cudagraph_mark_step_begin()
             for _ in range(parts):
                 with economy.forward(), precision.autocast():
-                    loss = self.objective.forward(x, y) / parts  # not its compiled call
+                    loss = call(x, y) / parts
                 precision.backward(loss)
             precision.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
