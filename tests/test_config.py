@@ -25,6 +25,7 @@ from workbench.models.config import MODELS
 from workbench.optim_config import OPTIMIZERS
 from workbench.regularizers import PENALTIES
 from workbench.training.distillation_config import DISTILLATIONS
+from workbench.training.mesh_config import PLANS
 
 # -- a strategy from the fields themselves: a new setting is covered as soon as it exists -------------------------------
 
@@ -42,6 +43,7 @@ NAMES: dict[tuple[str, str], st.SearchStrategy[Any]] = {
     ("OptimConfig", "name"): st.sampled_from([*OPTIMIZERS, "my.package:Optimizer"]),
     ("MeshConfig", "replicate"): st.just("all"),
     ("TrainConfig", "penalties"): st.dictionaries(st.sampled_from([*PENALTIES, "my:penalty"]), st.floats(0, 10), max_size=2),
+    ("MeshConfig", "plan"): st.sampled_from([*PLANS, "plans.py:mine"]),
     ("DistillConfig", "terms"): st.dictionaries(st.sampled_from([*DISTILLATIONS]), st.floats(0, 10), max_size=3),
 }
 

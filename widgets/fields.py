@@ -36,6 +36,7 @@ REGISTRIES: dict[str, tuple[str, ...]] = {
     "losses": ("workbench.losses:LOSSES",),
     "optimizers": ("workbench.optim_config:OPTIMIZERS",),
     "penalties": ("workbench.regularizers:PENALTIES",),
+    "plans": ("workbench.training.mesh_config:PLANS",),
 }
 """Where the names behind ``hint(choices=...)`` come from: registries, or functions that return names; loaded when asked for."""
 

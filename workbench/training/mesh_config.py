@@ -43,7 +43,7 @@ class MeshConfig(Config):
         "auto",
         description="How mesh.tensor divides the layers: auto for timm's and transformers' models, or module:function, from a "
         "model to {layer: columns | rows | heads}.",
-        json_schema_extra=hint(advanced=True),
+        json_schema_extra=hint(choices="plans", advanced=True),
     )
 
     @field_validator("plan")
