@@ -199,8 +199,8 @@ def test_offload_of_the_optimizers_state_changes_no_update() -> None:
     [
         ({"offload": "optimizer"}, "cpu", "off", False, "moves tensors from a GPU"),
         ({"offload": "both"}, "cuda", "reduce-overhead", False, "captures graphs whose memory is fixed"),
-        ({"offload": "optimizer"}, "cuda", "off", True, "mesh.shard has spread it"),
-        ({"recompute": "auto"}, "cuda", "off", True, "no rank holds one"),
+        ({"offload": "optimizer"}, "cuda", "off", True, "this mesh has spread it"),
+        ({"recompute": "auto"}, "cuda", "off", True, "on this mesh no rank holds one"),
     ],
 )
 def test_what_cannot_save_memory_is_refused(memory: dict[str, Any], device: str, mode: str, sharded: bool, words: str) -> None:

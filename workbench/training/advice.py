@@ -52,7 +52,8 @@ class Advice:
 
 def advise(trainer: Trainer, error: BaseException) -> Advice | None:
     """Settings that fit where ``trainer`` ran out in a step; it cannot be used afterwards. None where nothing could be tried."""
-    if trainer.config.mesh.arranged(trainer.world.size)["shard"] > 1 or not trainer.model.training:
+    arranged = trainer.config.mesh.arranged(trainer.world.size)
+    if arranged["replicate"] < trainer.world.size or not trainer.model.training:
         return None
     try:
         return _Search(trainer, error).advice()

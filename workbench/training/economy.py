@@ -44,7 +44,7 @@ class Economy:
 
 
 def check_memory(memory: MemoryConfig, device: torch.device, compile_mode: str, *, sharded: bool = False) -> None:
-    """Refuse what cannot save memory here.
+    """Refuse what cannot save memory here; ``sharded``: no rank holds a whole model.
 
     Raises:
         ConfigError: tensors to offload on a CPU, or out of captured graphs; or what ranks with shards can't do.
@@ -62,11 +62,11 @@ def check_memory(memory: MemoryConfig, device: torch.device, compile_mode: str, 
         )
     if sharded and memory.offload in ("optimizer", "both"):
         raise ConfigError(
-            f"memory.offload={memory.offload!r} moves whole state, and mesh.shard has spread it over ranks.",
+            f"memory.offload={memory.offload!r} moves whole state, and this mesh has spread it over ranks.",
             "Set memory.offload=none or activations, or spread it over more ranks.",
         )
     if sharded and "auto" in (memory.recompute, memory.offload):
         raise ConfigError(
-            "memory: auto measures steps of a whole model on each rank, and with mesh.shard no rank holds one.",
+            "memory: auto measures steps of a whole model on a rank, and on this mesh no rank holds one.",
             "Set memory.recompute to a share of the blocks, e.g. 1, and memory.offload to none or activations.",
         )
