@@ -112,11 +112,11 @@ def test_a_run_keeps_no_tensors_but_its_models(failing: bool, config: Callable[.
         if failing:  # as a notebook does, the test keeps the error
             with pytest.raises(WorkbenchError) as held:
                 train(chosen.override({"optim.name": "sgd", "optim.lr": 100, "clip.mode": "off", "epochs": 9}))
-            assert "loss became" in str(held.value) and tensors() == before
+            assert "loss became" in str(held.value) and tensors() <= before
         else:
             result = train(chosen)
             own = sum(x.untyped_storage().nbytes() for x in (*result.model.parameters(), *result.model.buffers()))
-            assert tensors() == before + own
+            assert tensors() <= before + own
     finally:
         gc.enable()
 
