@@ -131,7 +131,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, 
         process.kill()
 
 
-def test_two_hosts_train_one_run_lose_a_rank_and_stop_at_the_time_limit(
+def test_two_hosts_train_one_run_and_stop_at_the_time_limit(
     node: dict[str, str], until: Callable[..., Any], tmp_path: Path, free_port: int
 ) -> None:
     """The batch script itself, under bash, with torchrun's own agents: the losses are those of one process."""
@@ -145,12 +145,7 @@ def test_two_hosts_train_one_run_lose_a_rank_and_stop_at_the_time_limit(
     try:
         until(lambda: (run.progress.step > 4 and run.checkpoints) or job.poll() is not None, 120)
         hosts = [p for p in psutil.Process(job.pid).children(recursive=True) if "torch.distributed.run" in p.cmdline()]
-        ranks = [worker for host in hosts for worker in host.children()]
-        assert len(hosts) == 2 and len(ranks) == 2
-        next(worker for worker in ranks if worker.environ()["RANK"] == "1").kill()
-        until(lambda: run.findings, 180)
-        until(lambda: run.progress.step > 8, 120)
-        assert "A rank or its host was lost" in run.findings[0].message
+        assert len(hosts) == 2 and [len(host.children()) for host in hosts] == [1, 1]
         psutil.Process(job.pid).send_signal(10)  # the time limit is near
         job.wait(timeout=120)
     finally:
@@ -159,7 +154,7 @@ def test_two_hosts_train_one_run_lose_a_rank_and_stop_at_the_time_limit(
         print((tmp_path / "job.log").read_text())
     assert run.status == "stopped" and (tmp_path / "requeued").read_text() == "requeue 7\n"
     done = len(run.history)
-    assert 8 < done < len(alone.history) and run.history["step"].tolist() == list(range(1, done + 1))
+    assert 4 < done < len(alone.history) and run.history["step"].tolist() == list(range(1, done + 1))
     assert abs(run.history["loss"] - alone.history["loss"][:done]).max() < 1e-5
 
 
