@@ -2,8 +2,8 @@
 
     python -m tests.bench.meshes [--model vit | bert] [--meshes "tensor=2" "pipeline=2 shard=2"] [--checkpoints]
 
-A small vision transformer on digits, or a small BERT on made-up sentences, 24 steps of 4 micro-steps; on GPUs where there are enough
-of them, else over gloo. ``--checkpoints`` stops a run on each mesh of two ranks half way and goes on, on every other and on one.
+A small vision transformer on digits, or a small BERT on made-up sentences, 24 steps of 4 micro-steps; on GPUs where there are
+enough of them, else over gloo. ``--checkpoints`` stops a run on each mesh of two ranks half way and goes on, on every other and on one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FOUR = tuple(" ".join(pair) for pair in itertools.combinations(TWO, 2)) + ("shar
 
 
 def given(model: str) -> TrainConfig:
-    base = TrainConfig(optim={"name": "adamw", "lr": 2e-3}, clip={"mode": "dynamic", "max_norm": 0.5}, ema=0.9, epochs=3)
+    base = TrainConfig(optim={"name": "adamw", "lr": 5e-3}, clip={"mode": "dynamic", "max_norm": 5.0}, ema=0.9, epochs=3)
     common = {"accumulate": 4, "precision": "fp32", "channels_last": False, "checkpoint.every_epochs": 0}
     return base.override({**MODELS[model], **common}).override({"data.batch_size": 32})
 
@@ -54,9 +54,8 @@ def on(config: TrainConfig, mesh: str, root: str, stop: int = 0) -> Run:
 
 def furthest(one: Run, other: Run) -> str:
     assert len(one.history) == len(other.history)
-    return ", ".join(
-        f"{column} {np.nanmax(np.abs(one.history[column] - other.history[column])):.1e}" for column in ("loss", "val_loss")
-    )
+    apart = {name: np.nanmax(np.abs(one.history[name] - other.history[name])) for name in ("loss", "val_loss")}
+    return ", ".join(f"{name} {value:.1e}" for name, value in apart.items())
 
 
 def main() -> None:
