@@ -16,8 +16,7 @@ import pytest
 from workbench import Run, TrainConfig, events, launch, train
 from workbench.launcher import Attempt
 
-KILLS = int(os.environ.get("WORKBENCH_KILLS", 6))
-"""How often a run is killed; every one costs a start of about seven seconds on a busy machine."""
+KILLS = 20
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def saving(run: Run) -> set[int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_kills_in_a_row_change_no_bit(
+def test_twenty_kills_in_a_row_change_no_bit(
     config: Callable[..., TrainConfig],
     uninterrupted: Run,
     assert_same: Callable[..., None],
@@ -88,7 +87,7 @@ def test_kills_in_a_row_change_no_bit(
         run.resume(nproc=1)
     run.wait(timeout=120)
     print(f"killed {killed} times, {torn} times within a save; {len(run.history)} steps")
-    assert killed == KILLS and torn >= 1
+    assert killed == KILLS and torn >= 3
     assert_whole(run)
     assert_same(run, uninterrupted)
 
