@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tests.training.net import Slowed
 from workbench import Run, TrainConfig, launch, train
 from workbench.data.splits import Arrays, Splits
 from workbench.events import Steps
@@ -37,21 +38,6 @@ def samples(count: int = 0) -> Splits:
     y = torch.arange(max(count, 20 * BATCH)) % 10
     x = torch.randn(10, 64, generator=generator)[y] + torch.randn(len(y), 64, generator=generator)
     return Splits(Arrays(x, y), Arrays(x[:64], y[:64]), classes=tuple(map(str, range(10))))
-
-
-class Slowed(nn.Module):
-    """Computes its body ``times`` over in one rank, and adds nothing by it."""
-
-    def __init__(self, body: nn.Module, rank: int, times: int) -> None:
-        super().__init__()
-        self.body = body
-        self.more = times - 1 if int(os.environ.get("RANK", 0)) == rank else 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.body(x)
-        for _ in range(self.more if self.training else 0):
-            y = y + 0 * self.body(x)
-        return y
 
 
 def perceptron(num_classes: int = 10, width: int = WIDTH, slow: int = 1, times: int = 1) -> nn.Module:
