@@ -86,6 +86,7 @@ def test_readings_are_those_of_a_float64_model(mode: str, layout: torch.memory_f
         chosen.begin(step)
         nn.functional.cross_entropy(model(x), y).backward()
         chosen.read(StepContext(step))
+        chosen.updated()
     chosen.collect(wait=True)
     assert {step for _, step in readings} == {1, 3, 6}
     worst = 0.0

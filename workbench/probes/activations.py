@@ -11,23 +11,35 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from workbench.probes.base import EDGES, Probe, StepContext, computing_again
+from workbench.distributed import local
+from workbench.probes.base import ACTIVATIONS, Probe, StepContext, computing_again
 from workbench.probes.config import ProbeConfig
-from workbench.probes.kernels import merged, new_partials, record, reset
+from workbench.probes.kernels import HEAD, Tally, record
 
-SAMPLE = 4096
-"""Most elements of a layer's output that its histogram counts; of larger outputs a strided sample. A bin that holds a share p of
-the values then has a standard error of about sqrt(p (1 - p) / 4096), at most 0.8 points."""
+SAMPLE = {"cpu": 4096, "cuda": 16384}
+"""Most elements of a layer's output that its histogram and its units are read from: all units at positions spread over the
+batch. A bin that holds a share p of the values then has a standard error of about sqrt(p (1 - p) / SAMPLE), at most 0.8 points on
+a CPU and 0.4 on a GPU, more where units at one position are alike."""
 
 _SKIPPED = (nn.Dropout, nn.Dropout2d, nn.Identity, nn.Flatten)
+_BY_CHANNEL = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._BatchNorm,
+    nn.GroupNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
+_BY_FEATURE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.RNNBase)
 
 
 class ActivationProbe(Probe):
-    """By leaf layer: count, mean, standard deviation, smallest, largest, share of zeros, non-finite elements, histogram.
+    """By leaf layer: count, mean, standard deviation, smallest, largest, share of zeros, non-finite elements, histogram
+    (:data:`workbench.probes.base.ACTIVATIONS`), and shares of its units (channels or features) that are ``dead``: nothing
+    but zero, or ``saturated``: nothing but values at a bound of their activation, in 64 values sampled in a row or more.
 
-    Scalars are exact, summed in float64 over every element and micro-step of this rank's share; the histogram counts a strided
-    sample of the last micro-batch. Hooks are installed before compilation and traced with the model: a step that reads runs a
-    second compiled graph, in which each layer's output goes through one more operator; steps that don't read pay nothing.
+    Scalars are exact, summed in float64 over every element and micro-step of this rank's share; histogram and units are of a
+    sample of the last micro-batch, ``sampled`` elements. Hooks are installed before compilation and traced with the model: a step
+    that reads runs a second compiled graph, in which each layer's output goes through one more operator; steps that don't read pay
+    nothing. In eager steps the outputs of several layers are read by one launch.
     """
 
     kind = "activations"
@@ -37,17 +49,20 @@ class ActivationProbe(Probe):
         self.active = False
 
     def attach(self, model: nn.Module) -> Callable[[], None]:
-        layers = [
-            (name, module)
-            for name, module in model.named_modules()
-            if not any(module.children()) and not isinstance(module, _SKIPPED) and self.wants(name)
-        ]
-        self._names = [name or type(model).__name__ for name, _ in layers]
+        layers: list[tuple[str, nn.Module, int]] = []
+        dim = -1
+        for name, module in model.named_modules():
+            if any(module.children()) or isinstance(module, _SKIPPED):
+                continue
+            if isinstance(module, _BY_CHANNEL + _BY_FEATURE):
+                dim = 1 if isinstance(module, _BY_CHANNEL) else -1
+            if self.wants(name, module):
+                layers.append((name, module, dim))
+        self._names = [name or type(model).__name__ for name, _, _ in layers]
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self._partials = new_partials(len(layers), device)
-        self._samples = torch.zeros(len(layers), SAMPLE, device=device)
-        self._edges = torch.tensor(EDGES[1:-1], device=device)
-        handles = [module.register_forward_hook(self._hook(row)) for row, (_, module) in enumerate(layers)]
+        limits = [limits_of(module) for _, module, _ in layers]
+        self._tally = Tally([dim for _, _, dim in layers], SAMPLE[device.type], ACTIVATIONS, device, limits)
+        handles = [module.register_forward_hook(self._hook(row)) for row, (_, module, _) in enumerate(layers)]
 
         def detach() -> None:
             for handle in handles:
@@ -57,8 +72,6 @@ class ActivationProbe(Probe):
 
     def arm(self) -> None:
         super().arm()
-        reset(self._partials)
-        self._samples.fill_(float("nan"))
         self.active = True
 
     def _hook(self, row: int) -> Callable[[nn.Module, Any, Any], None]:
@@ -67,27 +80,25 @@ class ActivationProbe(Probe):
             if self.active and not computing_again():
                 value = output if isinstance(output, Tensor) else _first_tensor(output)
                 if value is not None and value.numel() and value.is_floating_point():
-                    record(value.detach(), self._partials, self._samples, row, sample_stride(value))
+                    if torch.compiler.is_compiling():
+                        record(value.detach(), self._tally.partials, self._tally.samples, row, self._tally.dims[row])
+                    else:
+                        self._tally.later(row, local(value.detach()))
 
         return hook
 
     @torch.no_grad()
     def read(self, context: StepContext) -> Tensor | None:
-        """float64 [layers, MOMENTS + bins]: the moments, then the counts of the bins."""
+        """float64 [layers, HEAD + bins], as of :meth:`Tally.finish`."""
         self.active = False
-        bins = len(EDGES) - 1
-        place = torch.bucketize(self._samples, self._edges, right=True)
-        place = torch.where(self._samples.isnan(), bins, place)  # unfilled, or not a number: counted nowhere
-        counts = torch.zeros(len(self._names), bins + 1, dtype=torch.float64, device=place.device)
-        counts.scatter_add_(1, place, torch.ones_like(place, dtype=torch.float64))
-        return torch.cat([merged(self._partials), counts[:, :bins]], dim=1)
+        return self._tally.finish() if self._names else None
 
     def table(self, step: int, values: npt.NDArray[Any]) -> dict[str, Any]:
         seen = values[:, 0] > 0  # a layer that the step did not reach has nothing to tell
         names = [name for name, present in zip(self._names, seen, strict=True) if present]
-        count, total, square, zeros, nonfinite, low, high = values[seen, :7].T
+        count, total, square, zeros, nonfinite, low, high, sampled, dead, saturated = values[seen, :HEAD].T
         mean = total / count
-        with np.errstate(invalid="ignore"):  # infinity less infinity: the spread of a layer that overflowed is no number
+        with np.errstate(invalid="ignore", over="ignore"):  # infinity less infinity: an overflowed layer's spread is no number
             std = np.sqrt(np.maximum(square / count - mean * mean, 0.0))
         return {
             "step": [step] * len(names),
@@ -99,23 +110,36 @@ class ActivationProbe(Probe):
             "max": high,
             "zeros": zeros / count,
             "nonfinite": nonfinite.astype(np.int64),
-            "histogram": list(values[seen, 7:].astype(np.int32)),
+            "dead": dead,
+            "saturated": saturated,
+            "sampled": sampled.astype(np.int64),
+            "histogram": list(values[seen, HEAD:].astype(np.int32)),
         }
+
+
+def limits_of(module: nn.Module) -> tuple[float, float, float]:
+    """The magnitude up to which an output of ``module`` passes as zero, and the bounds between which it is free to move.
+
+    Smooth activations never give a plain zero: GELU, SiLU and Mish are held to be at zero within 0.001, bounded ones to be at
+    their bound within a hundredth of their range.
+    """
+    bounds = -math.inf, math.inf
+    match module:
+        case nn.Tanh() | nn.Softsign():
+            bounds = -0.99, 0.99
+        case nn.Sigmoid() | nn.Hardsigmoid():
+            bounds = 0.01, 0.99
+        case nn.ReLU6():  # its lower bound is zero: dead, not saturated
+            bounds = -math.inf, 5.94
+        case nn.Hardtanh():
+            edge = 0.01 * (module.max_val - module.min_val)
+            bounds = module.min_val + edge, module.max_val - edge
+        case nn.ELU() | nn.CELU():
+            bounds = -0.99 * module.alpha, math.inf
+    return (1e-3 if isinstance(module, nn.GELU | nn.SiLU | nn.Mish) else 0.0), *bounds
 
 
 def _first_tensor(output: Any) -> Tensor | None:
     """The first tensor of a tuple, list or dict of outputs (an LSTM's output sequence, say)."""
     members = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
     return next((member for member in members if isinstance(member, Tensor)), None)
-
-
-def sample_stride(value: Tensor) -> int:
-    """Step between sampled elements: spreads the sample over the whole, and shares no factor with any dimension.
-
-    A step that shares a factor with the number of channels would see some channels only; a smaller one than it takes to reach
-    the end, the first samples of the batch only.
-    """
-    stride = max(1, math.ceil(value.numel() / SAMPLE))
-    while any(size > 1 and math.gcd(stride, size) > 1 for size in value.shape):
-        stride += 1
-    return stride

@@ -1,7 +1,8 @@
-"""What a probe is, and the bin edges that all histograms share.
+"""What a probe is, and the bins that all histograms share.
 
-A probe reads on some steps. It leaves a small tensor on the device; :class:`workbench.probes.ProbeSet` brings it to the host
-by one asynchronous copy and hands it back to :meth:`Probe.table`. A new probe is one class under one name in ``PROBES``.
+A probe reads on some steps. It leaves a small tensor on the device, before or after the update of the weights;
+:class:`workbench.probes.ProbeSet` brings it to the host by one asynchronous copy and hands it back to :meth:`Probe.table`. A new
+probe is one class under one name in ``PROBES``.
 """
 
 from __future__ import annotations
@@ -17,12 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from workbench.probes.config import ProbeConfig
+from workbench.probes.kernels import Bins
 
-_MAGNITUDES = tuple(2.0 ** (exponent / 2) for exponent in range(-32, 33))
-EDGES: tuple[float, ...] = (-float("inf"), *(-m for m in reversed(_MAGNITUDES)), *_MAGNITUDES, float("inf"))
-"""Edges of the histogram bins: ± 2^(k/2) from 2^-16 to 2^16 and ± infinity. The middle bin holds what is closer to zero;
-bins are closed below. Fixed for all layers, steps and ranks, so that counts merge by addition."""
+ACTIVATIONS = Bins(-24, 16, per_octave=2, signed=True)
+"""Of layers' outputs: ± 2^(k/2) from 2^-24, the smallest number of fp16, to 2^16, beyond its largest, and ± infinity."""
 
+GRADIENTS = Bins(-48, 16)
+"""Of gradients' magnitudes: octaves from 2^-48 to 2^16."""
+
+EDGES = ACTIVATIONS.edges
+"""Edges of the activations' bins. The middle bin holds what is closer to zero. Fixed for all layers, steps and ranks, so that
+counts merge by addition."""
 
 Moment = float | torch.cuda.Event
 """Seconds of the wall clock, or an event that the device has yet to reach."""
@@ -102,9 +108,14 @@ class Probe:
         self.computes: Callable[[str], bool] = lambda layer: True
         """Whether a layer is computed by this rank."""
 
-    def wants(self, name: str) -> bool:
-        """Whether the layer filter takes ``name``."""
-        return self.computes(name) and any(fnmatchcase(name, pattern.strip()) for pattern in self.config.layers.split(","))
+    def wants(self, name: str, module: nn.Module | None = None) -> bool:
+        """Whether the filters take the layer ``name``; that of kinds is of modules."""
+        kind = type(module).__name__
+        return (
+            self.computes(name)
+            and any(fnmatchcase(name, pattern.strip()) for pattern in self.config.layers.split(","))
+            and (module is None or any(fnmatchcase(kind, pattern.strip()) for pattern in self.config.kinds.split(",")))
+        )
 
     def attach(self, model: nn.Module) -> Callable[[], None]:
         """Hook into the model, before it is compiled or wrapped; returns the detach."""
@@ -118,8 +129,12 @@ class Probe:
         """After the backward pass, before the update: what was read, on the device; None when there is nothing."""
         return None
 
+    def updated(self, context: StepContext) -> Tensor | None:
+        """After the update of the weights, gradients still there: what was read, if :meth:`read` had nothing yet."""
+        return None
+
     def table(self, step: int, values: npt.NDArray[Any]) -> dict[str, Any]:
-        """Columns of the readings, from the host's copy of what :meth:`read` gave."""
+        """Columns of the readings, from the host's copy of what :meth:`read` or :meth:`updated` gave."""
         raise NotImplementedError(f"{type(self).__name__} must say how its readings are tabled.")
 
 

@@ -30,6 +30,11 @@ class ProbeConfig(Config):
     layers: str = Field(
         "*", description="Names of the layers to read, as a shell pattern, e.g. 'stages.2.*'; several separated by commas."
     )
+    kinds: str = Field(
+        "*",
+        description="Classes of the layers whose outputs to read, as a shell pattern, e.g. 'Conv2d, Linear, *ReLU'.",
+        json_schema_extra=hint(advanced=True),
+    )
 
 
 class ProbesConfig(Config):

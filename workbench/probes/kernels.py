@@ -1,11 +1,18 @@
-"""One pass over a tensor for all its moments: a Triton kernel on CUDA, torch's reductions elsewhere, the same numbers.
+"""What probes add up of tensors, in one pass: Triton kernels on CUDA, torch's own operations elsewhere, the same numbers.
 
-:func:`record` is one opaque operator: ``torch.compile`` neither breaks its graph there nor tries to fuse reductions over every
-layer of a model.
+* :class:`Tally` — a row a tensor: exact moments of every element, and a sample of them. Tensors are recorded at once, or several
+  by one launch (:meth:`Tally.later`, :meth:`Tally.record_all`); :meth:`Tally.finish` gives what was found and starts anew.
+* :class:`Layout` — which elements make a sample; :class:`Plan` — what stays the same of tensors that are recorded together.
+* :class:`Bins` — histograms of magnitudes by the exponent bits, signed in half octaves or unsigned in octaves.
+* :func:`record` — one opaque operator for compiled models: ``torch.compile`` neither breaks its graph there nor tries to fuse
+  reductions over every layer of a model.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,55 +20,344 @@ import torch
 from torch import Tensor
 
 PROGRAMS = 512
-"""Parallel partial results that the CUDA kernel keeps by row, merged when they are read."""
+"""Parallel partial results of a row on CUDA, at most; merged by :meth:`Tally.finish`."""
+
+FIELDS = 9
+"""Of a partial result: count, sum, sum of squares, zeros, non-finite elements, smallest, largest; the sample's units and rows."""
 
 MOMENTS = 7
-"""Columns: count, sum, sum of squares, zeros, non-finite elements, smallest, largest."""
+"""Of these, what all elements add up to."""
+
+HEAD = MOMENTS + 3
+"""Columns of :meth:`Tally.finish` before the histogram: the moments, elements of the sample, shares of dead and stuck units."""
+
+ENOUGH = 64
+"""Sampled values without another one between them by which a unit is held to be dead, or stuck at a bound. One that is alive
+for a share p of its values goes for dead with a probability of (1 - p)^64: 4 % for p = 0.05, 0.1 % for p = 0.1."""
+
+CHUNK = 1 << 16
+"""Elements of a program's share when several tensors are recorded by one launch."""
 
 
-def new_partials(rows: int, device: torch.device) -> Tensor:
-    """Empty partial results, float64 [rows, programs, MOMENTS]."""
-    partials = torch.empty(rows, PROGRAMS if device.type == "cuda" else 1, MOMENTS, dtype=torch.float64, device=device)
-    reset(partials)
-    return partials
+@dataclass(frozen=True)
+class Bins:
+    """How sampled magnitudes are counted: by exponent bits, ``per_octave`` 1 or 2, from 2^low to 2^high.
+
+    ``signed``: the bins of negative numbers mirror those of positive ones, with one about zero between; else bin 0 holds what
+    is below 2^low, zero included. The outermost hold everything beyond. NaN is counted nowhere.
+    """
+
+    low: int
+    high: int
+    per_octave: int = 1
+    signed: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Bins on one side of zero, that up to infinity included."""
+        return (self.high - self.low) * self.per_octave + 1
+
+    @property
+    def count(self) -> int:
+        return (2 if self.signed else 1) * self.steps + 1
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        """Edges of the bins, one more than bins, infinities included; bins are closed below."""
+        magnitudes = tuple(2.0 ** (self.low + k / self.per_octave) for k in range(self.steps))
+        below = (-math.inf, *(-m for m in reversed(magnitudes))) if self.signed else (0.0,)
+        return (*below, *magnitudes, math.inf)
+
+    def place(self, values: Tensor) -> Tensor:
+        """The bin of each of ``values`` (float32, any shape), int64; :attr:`count` for NaN."""
+        bits = values.contiguous().view(torch.int32)
+        magnitude = (bits & 0x7FFFFFFF).long()
+        negative = (bits < 0) & (magnitude > 0)
+        inner = magnitude - negative.long() * self.signed  # bins of negative numbers are closed on their outer side
+        step = (inner >> 23) - 127 - self.low
+        if self.per_octave == 2:
+            step = 2 * step + ((inner & 0x7FFFFF) >= SQRT2)
+        step = (step + 1).clamp(0, self.steps)
+        if self.signed:
+            step = self.steps + torch.where(negative, -step, step)
+        return torch.where(magnitude > 0x7F800000, self.count, step)
 
 
-def reset(partials: Tensor) -> None:
-    """Forget what was recorded."""
-    partials.zero_()
-    partials[..., 5] = float("inf")
-    partials[..., 6] = -float("inf")
+SQRT2 = 0x3504F3
+"""Mantissa bits of the square root of two."""
 
 
-def merged(partials: Tensor) -> Tensor:
-    """float64 [rows, MOMENTS]."""
-    return torch.cat([partials[..., :5].sum(1), partials[..., 5:6].amin(1), partials[..., 6:7].amax(1)], dim=1)
+@dataclass(frozen=True)
+class Layout:
+    """Which elements of a tensor, in memory order, make its sample: all units at ``rows`` of its positions.
+
+    A unit is a channel or feature. Position ``p`` of unit ``c`` lies at ``(p // inner) * units * inner + c * inner + p % inner``;
+    row ``r`` of the sample is position ``r * step % positions``, with ``step`` near the golden section of all positions and
+    without a common factor, so that any number of rows spreads over them evenly.
+    """
+
+    count: int
+    units: int
+    inner: int
+    positions: int
+    rows: int
+    step: int
+
+    def places(self, device: torch.device) -> Tensor:
+        """int64 [rows × units]: where the sample's elements lie."""
+        position = torch.arange(self.rows, device=device) * self.step % self.positions
+        start = position // self.inner * (self.units * self.inner) + position % self.inner
+        return (start[:, None] + torch.arange(self.units, device=device) * self.inner).reshape(-1)
+
+
+def in_memory_order(value: Tensor) -> Tensor:
+    """The elements with the innermost dimension last, without a copy for contiguous and channels-last tensors."""
+    if value.ndim == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last):
+        return value.permute(0, 2, 3, 1)
+    return value.contiguous()
+
+
+def layout_of(value: Tensor, dim: int, sample: int) -> Layout:
+    """The layout of ``value`` for a sample of at most ``sample`` elements.
+
+    Args:
+        dim: that its units lie along: 1 for channels of images, -1 for features; 0 for a tensor without units.
+    """
+    shape, axis = tuple(in_memory_order(value).shape), dim % max(1, value.ndim)
+    if not value.is_contiguous() and value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last):
+        axis = (0, 3, 1, 2)[axis]
+    return _layout(shape, axis if dim else 0, sample)
+
+
+@cache
+def _layout(shape: tuple[int, ...], axis: int, sample: int) -> Layout:
+    count = math.prod(shape)
+    units = inner = 1
+    if axis and shape[axis] <= sample:
+        units, inner = shape[axis], math.prod(shape[axis + 1 :])
+    positions = count // units
+    step = max(1, round(positions * 0.6180339887498949))
+    while math.gcd(step, positions) != 1:
+        step += 1
+    return Layout(count, units, inner, positions, min(positions, max(1, sample // units)), step)
+
+
+class Tally:
+    """Moments and samples of tensors, by row, on one device.
+
+    Args:
+        dims: by row, the dimension that a tensor's units lie along: 1 for channels of images, -1 for features; 0 for none.
+        sample: most elements of a row's sample.
+        bins: of the samples' histograms.
+        limits: by row: the magnitude up to which a value counts as zero, and the bounds between which it is free. With them,
+            units are watched over readings: whether they put out nothing but zero, or nothing but values at a bound.
+
+    Attributes:
+        partials: float64 [rows, programs, FIELDS].
+        samples: float32 [rows, sample]; of each row, as many are filled as its partial results say.
+    """
+
+    BATCH = 1 << 28
+    """Bytes of tensors that wait to be recorded by one launch, at most: they are kept alive for so long."""
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        sample: int,
+        bins: Bins,
+        device: torch.device,
+        limits: Sequence[tuple[float, float, float]] | None = None,
+    ) -> None:
+        self.dims, self.bins = list(dims), bins
+        rows, programs = len(dims), PROGRAMS if device.type == "cuda" else 1
+        self.partials = torch.zeros(rows, programs, FIELDS, dtype=torch.float64, device=device)
+        self.samples = torch.zeros(rows, sample, device=device)
+        self.limits = torch.tensor(limits or [(0.0, -math.inf, math.inf)] * rows, device=device).reshape(rows, 3)
+        self.runs = torch.zeros(rows if limits is not None else 0, 2, sample, dtype=torch.int32, device=device)
+        """By unit: sampled values since the last one that was not zero, and since the last one that was free."""
+        self._reset()
+        for tensor in (self.partials, self.samples):  # else graphs that write there would not be captured
+            torch._dynamo.mark_static_address(tensor)  # type: ignore[no-untyped-call]
+        self._waiting: list[tuple[int, Tensor, int]] = []
+        self._bytes = 0
+        self._known: set[int] = set()
+        self._at_once: set[int] = set()
+        self._plans: dict[Any, Plan] = {}
+
+    # -- taking in ----------------------------------------------------------------------------------------------------
+
+    def record(self, row: int, value: Tensor) -> None:
+        """Add the elements of ``value``, floating point and not empty, to a row; its sample takes the place of an earlier one."""
+        record_now(value, self.partials, self.samples, row, self.dims[row])
+
+    def later(self, row: int, value: Tensor) -> None:
+        """The same, with others by one launch, at the latest by :meth:`finish`; ``value`` is kept alive for so long.
+
+        What is changed in place meanwhile has to be recorded at once. Which tensors are, the first reading shows, in which all
+        are recorded at once; where that changes later, one reading of the tensor is lost.
+        """
+        known = row in self._known
+        if row in self._at_once or not known:
+            self.record(row, value)
+        if row not in self._at_once:
+            self._waiting.append((row if known else ~row, value, value._version))
+            self._bytes += value.nbytes
+            if self._bytes > self.BATCH:
+                self.flush()
+
+    def flush(self) -> None:
+        """Record what waits."""
+        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        rows: list[int] = []
+        values: list[Tensor] = []
+        for key, value, version in waiting:
+            row = max(key, ~key)
+            self._known.add(row)
+            if value._version != version:
+                self._at_once.add(row)
+            elif key >= 0:
+                rows.append(row)
+                values.append(value)
+        if rows:
+            self.record_all(rows, values)
+
+    def record_all(self, rows: Sequence[int], values: Sequence[Tensor]) -> None:
+        """Add each of ``values`` to its row; on CUDA by one launch for those of one type."""
+        plans, apart = self._planned(rows, values)
+        for plan, places in plans:
+            _cuda().record_all(plan, [values[place] for place in places], self.partials, self.samples)
+        for place in apart:
+            self.record(rows[place], values[place])
+
+    def change(self, rows: Sequence[int], values: Sequence[Tensor]) -> Tensor:
+        """How much tensors changed since they were recorded, by their samples; of rows without units.
+
+        Returns:
+            float64 [rows, 2]: sums of squares of the changes, and of the values before.
+        """
+        found = torch.zeros(len(rows), 2, dtype=torch.float64, device=self.partials.device)
+        plans, apart = self._planned(rows, values)
+        for plan, places in plans:
+            of = _cuda().change(plan, [values[place] for place in places], self.samples)
+            if len(places) == len(rows):
+                return of  # type: ignore[no-any-return]
+            found[torch.tensor(places, device=found.device)] = of
+        for place in apart:
+            layout = layout_of(values[place], 0, self.samples.shape[1])
+            after = in_memory_order(values[place]).reshape(-1)[layout.places(found.device)].double()
+            before = self.samples[rows[place], : layout.rows].double()
+            found[place, 0], found[place, 1] = (after - before).square().sum(), before.square().sum()
+        return found
+
+    def _planned(self, rows: Sequence[int], values: Sequence[Tensor]) -> tuple[list[tuple[Plan, list[int]]], list[int]]:
+        """Places of tensors that one launch serves, by type, with what stays the same of them; and of those left over."""
+        by_type: dict[torch.dtype, list[int]] = {}
+        apart: list[int] = []
+        for place, value in enumerate(values):
+            if value.is_cuda and value.dtype in TYPES and value.data_ptr() % 32 == 0 and _is_dense(value):
+                by_type.setdefault(value.dtype, []).append(place)
+            else:
+                apart.append(place)
+        found = []
+        for dtype, places in by_type.items():
+            key = (dtype, *((rows[place], values[place].shape, values[place].stride()) for place in places))
+            if key not in self._plans:
+                sample = self.samples.shape[1]
+                layouts = [layout_of(values[place], self.dims[rows[place]], sample) for place in places]
+                self._plans[key] = Plan([rows[place] for place in places], layouts, dtype, self.samples.device)
+            found.append((self._plans[key], places))
+        return found, apart
+
+    # -- giving out ---------------------------------------------------------------------------------------------------
+
+    def finish(self) -> Tensor:
+        """What was found since the last time, float64 [rows, HEAD + bins]; of rows that nothing was added to, the count is 0."""
+        self.flush()
+        if self.partials.is_cuda:
+            found: Tensor = _cuda().finish(self.partials, self.samples, self.bins, self.limits, self.runs)
+            return found
+        units, taken = self.partials[:, 0, 7].long(), self.partials[:, 0, 8].long()
+        seen = units * taken
+        inside = torch.arange(self.samples.shape[1]) < seen[:, None]
+        place = torch.where(inside, self.bins.place(self.samples), self.bins.count)
+        counts = torch.zeros(len(seen), self.bins.count + 1, dtype=torch.float64)
+        counts.scatter_add_(1, place, torch.ones_like(place, dtype=torch.float64))
+        still = torch.zeros(len(seen), 2, dtype=torch.float64)
+        for row in torch.nonzero(seen).flatten().tolist() if len(self.runs) else ():
+            still[row] = self._still(row, int(units[row]), int(taken[row]))
+        found = torch.cat([self.partials[:, 0, :MOMENTS], seen[:, None], still, counts[:, : self.bins.count]], dim=1)
+        self._reset()
+        return found
+
+    def _still(self, row: int, units: int, taken: int) -> Tensor:
+        """float64 [2]: shares of the row's units that are dead, and that are stuck at a bound."""
+        sample = self.samples[row, : units * taken].view(taken, units)
+        zero, low, high = self.limits[row]
+        moved = torch.stack([(sample.abs() > zero).any(0), ((sample > low) & (sample < high)).any(0)])
+        runs = torch.where(moved, 0, (self.runs[row, :, :units] + taken).clamp(max=ENOUGH))
+        self.runs[row, :, :units] = runs
+        return (runs >= ENOUGH).double().mean(1)
+
+    def _reset(self) -> None:
+        self.partials.zero_()
+        self.partials[..., 5] = math.inf
+        self.partials[..., 6] = -math.inf
+
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""That several tensors of can be recorded by one launch."""
+
+
+class Plan:
+    """What stays the same of tensors that are recorded together, on the device.
+
+    Attributes:
+        layouts: int64 [tensors, 8]: row, programs, then the fields of :class:`Layout`.
+        work: int32 [programs of all, 2]: tensor, and which of its programs.
+        base: empty, of the tensors' type; they are addressed from there.
+    """
+
+    def __init__(self, rows: Sequence[int], layouts: Sequence[Layout], dtype: torch.dtype, device: torch.device) -> None:
+        programs = [min(PROGRAMS, -(-layout.count // CHUNK)) for layout in layouts]
+        fields = [
+            (row, of, one.count, one.units, one.inner, one.positions, one.rows, one.step)
+            for row, of, one in zip(rows, programs, layouts, strict=True)
+        ]
+        work = [(tensor, program) for tensor, of in enumerate(programs) for program in range(of)]
+        self.layouts = torch.tensor(fields, dtype=torch.int64, device=device)
+        self.work = torch.tensor(work, dtype=torch.int32, device=device)
+        self.base = torch.empty(16, dtype=dtype, device=device)
+
+    def offsets(self, values: Sequence[Tensor]) -> Tensor:
+        """int64 [tensors], on the device: elements from :attr:`base` to each tensor, without waiting."""
+        base, size = self.base.data_ptr(), self.base.element_size()
+        host = torch.tensor([(value.data_ptr() - base) // size for value in values], dtype=torch.int64)
+        if self.base.is_cuda:
+            host = host.pin_memory()
+        return host.to(self.base.device, non_blocking=True)
+
+
+def record_now(value: Tensor, partials: Tensor, samples: Tensor, row: int, dim: int) -> None:
+    """See :meth:`Tally.record`."""
+    flat, layout = in_memory_order(value).reshape(-1), layout_of(value, dim, samples.shape[1])
+    if value.is_cuda:
+        _cuda().record(flat, layout, partials[row], samples[row])
+        return
+    sample = flat[layout.places(flat.device)]
+    samples[row, : len(sample)] = sample
+    total, norm = flat.sum(dtype=torch.float64), torch.linalg.vector_norm(flat, dtype=torch.float64)
+    zeros, broken = layout.count - torch.count_nonzero(flat), count_nonfinite(flat)
+    low, high = torch.aminmax(flat)
+    partials[row, 0, :5] += torch.stack([torch.full_like(total, layout.count), total, norm * norm, zeros, broken])
+    partials[row, 0, 5] = torch.minimum(partials[row, 0, 5], low.double())
+    partials[row, 0, 6] = torch.maximum(partials[row, 0, 6], high.double())
+    partials[row, 0, 7], partials[row, 0, 8] = layout.units, layout.rows
 
 
 @torch.library.custom_op("workbench::record", mutates_args=("partials", "samples"))
-def record(value: Tensor, partials: Tensor, samples: Tensor, row: int, stride: int) -> None:
-    """Add the elements of ``value`` to the row ``row``: moments of all of them, and every ``stride``-th into the sample.
-
-    Args:
-        value: floating point, of any shape, at least one element.
-        partials: of :func:`new_partials`.
-        samples: float32 [rows, sample].
-    """
-    flat = in_memory_order(value)
-    sample = flat[::stride][: samples.shape[1]]
-    samples[row, : sample.numel()].copy_(sample)
-    if value.is_cuda:
-        launch, block = _kernel()
-        launch(flat, partials[row], flat.numel(), block)
-        return
-    count, total = flat.numel(), flat.sum(dtype=torch.float64)
-    norm = torch.linalg.vector_norm(flat, dtype=torch.float64)
-    zeros = count - torch.count_nonzero(flat)
-    low, high = torch.aminmax(flat)
-    found = torch.stack([torch.full_like(total, count), total, norm * norm, zeros.double(), count_nonfinite(flat).double()])
-    partials[row, 0, :5] += found
-    partials[row, 0, 5] = torch.minimum(partials[row, 0, 5], low.double())
-    partials[row, 0, 6] = torch.maximum(partials[row, 0, 6], high.double())
+def record(value: Tensor, partials: Tensor, samples: Tensor, row: int, dim: int) -> None:
+    """:func:`record_now` as one operator of a compiled graph."""
+    record_now(value, partials, samples, row, dim)
 
 
 def count_nonfinite(value: Tensor) -> Tensor:
@@ -69,16 +365,13 @@ def count_nonfinite(value: Tensor) -> Tensor:
     return torch.count_nonzero(value - value)  # a finite number less itself is zero; NaN and infinities give NaN
 
 
-def in_memory_order(value: Tensor) -> Tensor:
-    """The elements as [N], without a copy for contiguous and channels-last tensors."""
-    if value.ndim == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last):
-        value = value.permute(0, 2, 3, 1)
-    return value.reshape(-1)
+def _is_dense(value: Tensor) -> bool:
+    return value.is_contiguous() or (value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last))
 
 
 @cache
-def _kernel() -> tuple[Any, int]:
-    """The compiled kernel's launcher and its block. Triton is imported on first use: it comes with CUDA builds only."""
-    from workbench.probes import triton_moments
+def _cuda() -> Any:
+    """The CUDA kernels. Triton is imported on first use: it comes with CUDA builds only."""
+    from workbench.probes import triton_kernels
 
-    return triton_moments.launch, triton_moments.BLOCK
+    return triton_kernels

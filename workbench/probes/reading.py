@@ -26,6 +26,7 @@ class ProbeSet:
         self._probes = [(probe, every) for probe, every in probes.values() if every > 0]
         self._deliver = deliver
         self._due: list[Probe] = []
+        self._context = StepContext(0)
         self._on_the_way: deque[tuple[Probe, int, Tensor, torch.cuda.Event | None]] = deque()
         self._detach: list[Callable[[], None]] = []
 
@@ -57,20 +58,28 @@ class ProbeSet:
 
     def read(self, context: StepContext) -> None:
         """After the backward pass: start the readings of this step on their way to the host."""
+        self._context = context
         for probe in self._due:
-            value = probe.read(context)
-            if value is None:
-                continue
-            if value.is_cuda:
-                host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-                host.copy_(value, non_blocking=True)
-                arrived = torch.cuda.Event()
-                arrived.record()
-                self._on_the_way.append((probe, context.step, host, arrived))
-            else:
-                self._on_the_way.append((probe, context.step, value, None))
+            self._send(probe, probe.read(context), context.step)
+
+    def updated(self) -> None:
+        """After the update of the weights, with the gradients still there; then deliver what has arrived."""
+        for probe in self._due:
+            self._send(probe, probe.updated(self._context), self._context.step)
         self._due = []
         self.collect()
+
+    def _send(self, probe: Probe, value: Tensor | None, step: int) -> None:
+        if value is None:
+            return
+        if not value.is_cuda:
+            self._on_the_way.append((probe, step, value, None))
+            return
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        host.copy_(value, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._on_the_way.append((probe, step, host, arrived))
 
     def collect(self, *, wait: bool = False) -> None:
         """Deliver what has arrived; with ``wait``, everything."""

@@ -132,6 +132,7 @@ class Trainer:
         self.probes.read(StepContext(self.step + 1, self.precision.scale, timing))
         with self.clipper or nullcontext():
             self.precision.step(self.optimizer)
+        self.probes.updated()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.average.update(self.step)
