@@ -161,10 +161,12 @@ def _noting(chosen: dict[str, nn.Module], found: dict[str, _Layer]) -> Iterator[
     """During one call of the model: note each output of the chosen layers, and the gradient by it."""
     calls: dict[str, int] = {}
 
-    def note(name: str, module: nn.Module, output: Any) -> None:
+    def note(name: str, module: nn.Module, inputs: Any, output: Any) -> Any:
+        if inputs and output is inputs[0]:  # as of an identity: else the gradient by it would be that by its input
+            output = output.clone()
         tensor = output[0] if isinstance(output, tuple) else output
         if not isinstance(tensor, Tensor) or tensor.dim() < 2 or not tensor.requires_grad:
-            return
+            return output
         calls[name] = calls.get(name, 0) + 1
         key = name if calls[name] == 1 else f"{name} ({calls[name]})"
         value = tensor.detach().clone()  # a layer that works in place overwrites it
@@ -173,9 +175,10 @@ def _noting(chosen: dict[str, nn.Module], found: dict[str, _Layer]) -> Iterator[
         else:
             found[key] = _Layer(type(module).__name__, _channel_of(module, tensor), value, torch.zeros_like(value))
         tensor.register_hook(lambda slope: setattr(found[key], "slope", slope.detach()))
+        return output
 
-    def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, _inputs, output: note(name, module, output)
+    def hook_of(name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        return lambda module, inputs, output: note(name, module, inputs, output)
 
     handles = [module.register_forward_hook(hook_of(name)) for name, module in chosen.items()]
     try:
