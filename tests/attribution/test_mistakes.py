@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from workbench.attribution import AttributionConfig, most_wrong
+from workbench.attribution import AttributionConfig, most_wrong, pick_samples
 from workbench.errors import ConfigError, DataError
 
 
@@ -79,3 +79,11 @@ def test_errors_name_the_remedy() -> None:
         most_wrong(linear(), [(x, y + 1)])
     with pytest.raises(DataError, match="one class index"):
         most_wrong(linear(), [(x, y.float())])
+
+
+def test_samples_are_picked_by_place() -> None:
+    x, y = torch.randn(9, 4), torch.arange(9)
+    picked, labels = pick_samples(zip(x.split(4), y.split(4), strict=True), [7, 0, 7])
+    assert torch.equal(picked, x[[7, 0, 7]]) and labels.tolist() == [7, 0, 7]
+    with pytest.raises(DataError, match="no sample 9, 12. Take 0 … 8"):
+        pick_samples([(x, y)], [9, 1, 12])

@@ -6,7 +6,7 @@
   explain them.
 * :func:`explain_layers` — how much of the output flows through each layer, and how much the output heeds it.
 * :func:`explain_samples` — :class:`Explanations`, which show themselves: images, texts, tables, series.
-* :func:`most_wrong` — those of the samples that a model is most wrong about.
+* :func:`most_wrong` — those of the samples that a model is most wrong about; :func:`pick_samples` — those at given places.
 * :func:`moved` — whether pruning or quantization changed what a model looks at.
 
 Inputs are images (N, C, H, W), features (N, F), sequences (N, L, F), or token ids (N, L) in int64, whose credits are those of
@@ -28,6 +28,7 @@ _EXPORTS = {
     "Explanations": "workbench.attribution.explanation",
     "Names": "workbench.attribution.explanation",
     "most_wrong": "workbench.attribution.mistakes",
+    "pick_samples": "workbench.attribution.mistakes",
     "moved": "workbench.attribution.changes",
     "Movement": "workbench.attribution.changes",
     "patches_of": "workbench.attribution.windows",
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from workbench.attribution.crediting import explain
     from workbench.attribution.explanation import Explanation, Explanations, Names, explain_samples
     from workbench.attribution.layers import explain_layers
-    from workbench.attribution.mistakes import most_wrong
+    from workbench.attribution.mistakes import most_wrong, pick_samples
     from workbench.attribution.windows import patches_of
     from workbench.attribution_config import METHODS, AttributionConfig
 

@@ -1,10 +1,10 @@
-"""The samples that a model is most wrong about, from one pass over the data that keeps only those."""
+"""Samples worth a look: those that a model is most wrong about, from one pass over the data that keeps only those, or by place."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,28 @@ def most_wrong(
         x = torch.stack(inputs).to(device)
         found += explain_samples(model, x, labels, samples=[-place for place in places], **attribute)  # type: ignore[arg-type]
     return found
+
+
+def pick_samples(data: Iterable[Any], places: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The samples at ``places`` of batches (x, y), counted from 0, which are read no further than they must be.
+
+    Raises:
+        DataError: there is no such sample, or those are not of one shape.
+    """
+    wanted = dict.fromkeys(places)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    place = 0
+    for x, y in _batches(data, 2**31):
+        found |= {i: (x[i - place], y[i - place]) for i in wanted if place <= i < place + len(x)}
+        place += len(x)
+        if len(found) == len(wanted):
+            break
+    missing = [i for i in wanted if i not in found]
+    if missing or not wanted:
+        raise DataError(f"There is no sample {', '.join(map(str, missing))}.", f"Take 0 … {place - 1}." if place else "")
+    if len({x.shape for x, _ in found.values()}) > 1:
+        raise DataError(f"The samples {list(wanted)} are of different shapes.", "Take them one by one.")
+    return torch.stack([found[i][0] for i in places]), torch.stack([found[i][1] for i in places])
 
 
 _Kept = tuple[float, int, Tensor, int]
