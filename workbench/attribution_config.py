@@ -59,8 +59,8 @@ class AttributionConfig(Config):
         0,
         ge=0,
         le=1024,
-        description="Occlusion by a sliding window: its side in pixels of an image, its length in steps of a sequence or tokens of "
-        "a text; 0: the patches of an image, single steps or tokens.",
+        description="Occlusion by a sliding window: its side in pixels of an image, its length in steps of a sequence or tokens "
+        "of a text; 0: the patches of an image, single steps or tokens.",
     )
     stride: int = Field(
         0,
@@ -77,8 +77,8 @@ class AttributionConfig(Config):
     noise: float = Field(
         0.0,
         ge=0,
-        description="Standard deviation of Gaussian noise on the input, in its units after normalization: credits are averaged over "
-        "the draws (SmoothGrad, Smilkov et al. 2017). 0: none.",
+        description="Standard deviation of Gaussian noise on the input, in its units after normalization: credits are averaged "
+        "over the draws (SmoothGrad, Smilkov et al. 2017). 0: none.",
     )
     draws: int = Field(32, ge=1, le=10_000, description="Random draws (gradient_shap, and whatever is smoothed by noise).")
     seed: int = Field(0, ge=0, lt=2**31, description="Of the draws, which are the same for every sample.")
@@ -90,7 +90,9 @@ class AttributionConfig(Config):
         if self.stride and not self.window:
             raise ValueError(f"stride={self.stride} moves a window, and there is none: set window to its size")
         if self.stride > self.window:
-            raise ValueError(f"stride={self.stride} would leave gaps between windows of {self.window}: take at most {self.window}")
+            raise ValueError(
+                f"stride={self.stride} would leave gaps between windows of {self.window}: take at most {self.window}"
+            )
         return self
 
     @model_validator(mode="after")

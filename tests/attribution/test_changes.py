@@ -35,7 +35,7 @@ def test_a_model_agrees_with_its_copy_and_not_with_its_negative(images: Tensor) 
     assert same.mean.overlap_by_chance == pytest.approx(3 / 16)
     negative = copy.deepcopy(model)
     with torch.no_grad():
-        negative[3].weight.neg_()  # type: ignore[index,operator,union-attr]
+        negative[3].weight.neg_()
     away = moved(model, negative, images)
     assert away.mean[["cosine", "rank", "overlap"]].tolist() == pytest.approx([-1, -1, 1], abs=1e-5)
     assert "5 answers changed" in repr(away) or (away.samples.answer != away.samples.new_answer).sum() < 5
@@ -45,7 +45,7 @@ def test_a_model_agrees_with_its_copy_and_not_with_its_negative(images: Tensor) 
 def test_the_sample_that_moved_most_comes_first(images: Tensor) -> None:
     model, other = network(), network()
     with torch.no_grad():
-        other[3].weight += 0.05 * torch.randn_like(other[3].weight)  # type: ignore[index,union-attr,arg-type,operator]
+        other[3].weight += 0.05 * torch.randn_like(other[3].weight)
     found = moved(model, other, images).samples
     assert found.cosine.is_monotonic_increasing and sorted(found["sample"]) == [0, 1, 2, 3, 4]
     assert (found.cosine_of_another < found.cosine).any()

@@ -196,7 +196,7 @@ def test_smoothing_adds_what_noise_adds_to_a_square() -> None:
 def test_smoothing_agrees_with_captums_noise_tunnel() -> None:
     model = curved()
     with torch.no_grad():
-        model[0].weight *= 5  # type: ignore[index,operator]
+        model[0].weight *= 5  # type: ignore[index]
     x = torch.randn(2, 5, dtype=torch.float64)
     found = explain(model, x, 1, "saliency", AttributionConfig(noise=0.7, draws=800))
     torch.manual_seed(0)
@@ -214,7 +214,7 @@ def test_overlapping_windows_share_their_credit(images: Tensor) -> None:
     found = explain(model, images, 1, "occlusion", AttributionConfig(window=4, stride=2))
     captums = Occlusion(model).attribute(images, (2, 4, 4), strides=(2, 2, 2), target=1)
     torch.testing.assert_close(found, captums)
-    worth = (model[1].weight[1].reshape(2, 12, 12) * images).sum(1).detach()  # type: ignore[index,union-attr,operator]
+    worth = (model[1].weight[1].reshape(2, 12, 12) * images).sum(1).detach()  # type: ignore[index]
     windows = worth.unfold(1, 4, 2).unfold(2, 4, 2).sum((-1, -2))  # (N, 5, 5)
     torch.testing.assert_close(found[:, 1, 4, 4], windows[:, 1:3, 1:3].mean((1, 2)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[:, 0, 0, 0], windows[:, 0, 0], rtol=1e-4, atol=1e-5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,10 +36,8 @@ def evaluating(model: Model) -> Iterator[None]:
 @contextmanager
 def gradients_of(model: Model) -> Iterator[None]:
     """Gradients enabled; :class:`ModelError` with the remedy where the model has none."""
-    recurrent = isinstance(model, nn.Module) and any(isinstance(module, nn.RNNBase) for module in model.modules())
     try:
-        # cuDNN's recurrent layers have a backward pass in training mode only.
-        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not recurrent):
+        with torch.enable_grad(), _without_cudnn() if _recurs_on_gpu(model) else nullcontext():
             yield
     except (RuntimeError, NotImplementedError) as error:
         if "grad" not in str(error) and "autograd" not in str(error).lower():
@@ -48,6 +46,22 @@ def gradients_of(model: Model) -> Iterator[None]:
             f"This {type(model).__name__} has no gradients to explain it by: it is quantized or compiled.",
             'Use method="occlusion", which only asks for outputs.',
         ) from error
+
+
+def _recurs_on_gpu(model: Model) -> bool:
+    recurrent = (m for m in model.modules() if isinstance(m, nn.RNNBase)) if isinstance(model, nn.Module) else ()
+    return any(parameter.is_cuda for module in recurrent for parameter in module.parameters())
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """cuDNN's recurrent layers go backward in training mode only; PyTorch's own do in evaluation mode too."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def has_gradients(model: Model, x: Tensor) -> bool:
@@ -64,7 +78,7 @@ def has_gradients(model: Model, x: Tensor) -> bool:
 
 
 def gradient_at(model: Model, x: Tensor, target: Tensor, at: Tensor, layer: nn.Module | None = None) -> Tensor:
-    """Gradient of the targets' outputs by the inputs ``at``; with a layer, by its output, where that is ``at`` for inputs ``x``."""
+    """Gradient of the targets' outputs by the inputs ``at``; with a layer, by its output, which is ``at`` for inputs ``x``."""
     point = at.detach().requires_grad_()
     output = output_at(model, x, point, layer)
     (found,) = torch.autograd.grad(output.gather(1, target[:, None]).sum(), point)

@@ -29,9 +29,9 @@ class Movement:
 
     samples: pd.DataFrame
     """A row a sample, the one that moved most first: ``sample``, its place; ``answer`` and ``new_answer``; ``cosine``, ``rank``
-    (Spearman's correlation) and ``overlap`` (share of the largest parts in common) of its credits before and after; each with what
-    it would be ``by_chance``, were the parts of the second map shuffled; ``cosine_of_another``: with the credits that the changed
-    model gives another sample. Absent where there is only one."""
+    (Spearman's correlation) and ``overlap`` (share of the largest parts in common) of its credits before and after; cosine and
+    overlap with what they would be ``by_chance``, were the parts of the second map shuffled (a rank correlation would be 0);
+    ``cosine_of_another``: with the credits that the changed model gives another sample, absent where there is only one."""
     method: str
     parts: int
     """Patches, steps, tokens or columns that were compared."""
@@ -53,7 +53,8 @@ class Movement:
             f"By {self.method.replace('_', ' ')}, over {count} sample{'s' if count != 1 else ''} of {self.parts} parts: "
             f"mean cosine {mean.cosine:.2f} (by chance {mean.cosine_by_chance:.2f}{others}), "
             f"rank correlation {mean['rank']:.2f} (by chance 0), "
-            f"{100 * mean.overlap:.0f} % of the {self.largest} largest parts in common (by chance {100 * mean.overlap_by_chance:.0f} %); "
+            f"{100 * mean.overlap:.0f} % of the {self.largest} largest parts in common "
+            f"(by chance {100 * mean.overlap_by_chance:.0f} %); "
             f"{changed} answer{'s' if changed != 1 else ''} changed."
         )
         return f"{words} {self.note}".strip()

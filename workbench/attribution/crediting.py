@@ -67,9 +67,7 @@ def _method(name: str, background: Tensor | None) -> Callable[..., Tensor]:
     return partial(attribute, background=background)
 
 
-def _smoothed(
-    attribute: Callable[..., Tensor], model: Model, x: Tensor, target: Tensor, config: AttributionConfig
-) -> Tensor:
+def _smoothed(attribute: Callable[..., Tensor], model: Model, x: Tensor, target: Tensor, config: AttributionConfig) -> Tensor:
     """The mean of credits over noisy copies, whose noise is the same for every sample (Smilkov et al. 2017, arXiv:1706.03825)."""
     chance = torch.Generator().manual_seed(config.seed)
     total = torch.zeros((), dtype=x.dtype, device=x.device)

@@ -127,7 +127,7 @@ def _image(e: Explanation, parts: Tensor, most: float) -> dict[str, Any]:
 
 
 def _text(e: Explanation, parts: Tensor, most: float) -> dict[str, Any]:
-    """Words, each with a space before it unless it goes on with the one before (##ing); padding, which has no text, is left out."""
+    """Words, with a space before each that doesn't go on with the one before (##ing); padding, which has no text, is left out."""
     words = []
     for index, credit in zip(e.x.tolist(), parts.tolist(), strict=True):
         token = e.names.token(index)
@@ -146,13 +146,13 @@ def _table(e: Explanation, parts: Tensor, most: float) -> dict[str, Any]:
     shown = frame.head(COLUMNS)
     bars = [
         {
-            "name": row.column,
-            "value": f"{row.value:.4g}".replace("-", "−"),
-            "credit": number(row.credit),
-            "side": "for" if row.credit > 0 else "against",
-            "share": f"{50 * abs(row.credit) / most:.1f}" if most else "0",
+            "name": name,
+            "value": f"{value:.4g}".replace("-", "−"),
+            "credit": number(credit),
+            "side": "for" if credit > 0 else "against",
+            "share": f"{50 * abs(credit) / most:.1f}" if most else "0",
         }
-        for row in shown.itertuples()
+        for name, value, credit in zip(shown.column, shown.value.tolist(), shown.credit.tolist(), strict=True)
     ]
     left = frame.credit[COLUMNS:]
     rest = f"{len(left)} other column{'s' if len(left) != 1 else ''}: {number(float(left.sum()))} in all" if len(left) else ""
@@ -166,12 +166,13 @@ def _series(e: Explanation, parts: Tensor, most: float) -> dict[str, Any]:
     order = parts.abs().sum(0).argsort(descending=True, stable=True)[:CHANNELS].tolist()
     lanes = [_lane(x[:, i], parts[:, i], most, GAP + row * (LANE + GAP), e.names.column(i)) for row, i in enumerate(order)]
     height = len(order) * (LANE + GAP) + 20
-    ends = (
-        f'<text x="0" y="{height - 6}">0</text><text x="{WIDTH}" y="{height - 6}" text-anchor="end">'
-        f"{len(x) - 1} steps</text>"
-    )
+    ends = f'<text x="0" y="{height - 6}">0</text><text x="{WIDTH}" y="{height - 6}" text-anchor="end">{len(x) - 1} steps</text>'
     left = x.shape[1] - len(order)
-    rest = f"{left} other channel{'s' if left != 1 else ''}: {number(float(parts.sum() - parts[:, order].sum()))} in all" if left else ""
+    rest = (
+        f"{left} other channel{'s' if left != 1 else ''}: {number(float(parts.sum() - parts[:, order].sum()))} in all"
+        if left
+        else ""
+    )
     svg = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="series">{"".join(lanes)}{ends}</svg>'
     return {"svg": Markup(svg), "rest": rest}
 

@@ -203,7 +203,9 @@ def explain_samples(
     places = range(len(x)) if samples is None else list(samples)
     truth = None if labels is None else torch.as_tensor(labels).to(x.device)
     if len(places) != len(x) or truth is not None and truth.shape != (len(x),):
-        raise DataError(f"There are {len(x)} samples, {len(places)} places and labels {truth if truth is None else list(truth.shape)}.")
+        raise DataError(
+            f"There are {len(x)} samples, {len(places)} places and labels {truth if truth is None else list(truth.shape)}."
+        )
     found = Explanations()
     for start in range(0, len(x), config.batch_size):
         part = slice(start, start + config.batch_size)

@@ -19,7 +19,6 @@ SCALE = [[0.0, _AGAINST], [0.5, "rgba(128,128,128,0.08)"], [1.0, _FOR]]
 
 def figure(e: Explanation) -> go.Figure:
     """One sample: an image's credits as a heat map over it, a text's and a table's as bars, a series' as a heat map and lines."""
-    import plotly.graph_objects as go
 
     drawn: go.Figure = {"image": _image, "text": _text, "table": _table, "series": _series}[e.kind](e)
     title, facts = caption(e)
@@ -84,15 +83,21 @@ def _series(e: Explanation) -> go.Figure:
             z=parts[:, i][None].numpy(), y=[middle], dy=tall, **_diverging(most), showlegend=False, opacity=0.6, hoverinfo="skip"
         )
         ground.showscale = row == 1
-        line = go.Scatter(y=x[:, i].numpy(), line={"color": "#555", "width": 1.5}, name=escape(e.names.column(i)), showlegend=False)
+        line = go.Scatter(
+            y=x[:, i].numpy(), line={"color": "#555", "width": 1.5}, name=escape(e.names.column(i)), showlegend=False
+        )
         drawn.add_trace(ground, row=row, col=1)
         drawn.add_trace(line, row=row, col=1)
-        drawn.update_yaxes(
-            title_text=escape(e.names.column(i)), range=[middle - tall / 2, middle + tall / 2], row=row, col=1
-        )
+        drawn.update_yaxes(title_text=escape(e.names.column(i)), range=[middle - tall / 2, middle + tall / 2], row=row, col=1)
     drawn.update_xaxes(title_text="step", row=len(order), col=1)
     return drawn.update_layout(height=120 + 140 * len(order))
 
 
 def _diverging(most: float) -> dict[str, Any]:
-    return {"colorscale": SCALE, "zmin": -most, "zmax": most, "zmid": 0, "colorbar": {"title": {"text": "credit"}, "thickness": 12}}
+    return {
+        "colorscale": SCALE,
+        "zmin": -most,
+        "zmax": most,
+        "zmid": 0,
+        "colorbar": {"title": {"text": "credit"}, "thickness": 12},
+    }

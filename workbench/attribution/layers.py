@@ -89,7 +89,7 @@ def explain_layers(
         One row a call of a layer, in the order of the calls: ``layer``; ``kind``, its class; ``conductance``, in units of the
         output; ``share``, that as a part of the difference: 1 where everything flows through the layer, less in a branch;
         ``absolute``, the sum of its units' absolute conductances: larger than the difference where units speak against each
-        other; ``influence``, the Euclidean norm of the internal influence over the units, by which the output changes with theirs;
+        other; ``influence``, the Euclidean norm over the units of the internal influence, by which the output follows theirs;
         ``channels``, how many it has, and ``half``, the fewest that hold half of ``absolute``. ``attrs["difference"]`` is the
         difference itself.
 

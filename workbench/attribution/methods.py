@@ -33,14 +33,12 @@ def integrated_gradients(model: Model, x: Tensor, target: Tensor, config: Attrib
         return _whole(IntegratedGradients(model).attribute(x, baselines=config.baseline, **settings))
 
 
-def gradient_shap(
-    model: Model, x: Tensor, target: Tensor, config: AttributionConfig, background: Tensor | None = None
-) -> Tensor:
+def gradient_shap(model: Model, x: Tensor, target: Tensor, config: AttributionConfig, background: Tensor | None = None) -> Tensor:
     """Expected gradients: the mean, over baselines and places on the way from them, of (input − baseline) × gradient.
 
-    Baselines are the samples of ``background`` (M, ...) in turns; without it, Gaussian about ``config.baseline``. Places on the way
-    are drawn one from each of ``config.draws`` equal parts of it, which keeps them uniform and their mean closer. As many draws as
-    background samples, or a multiple, use each equally often.
+    Baselines are the samples of ``background`` (M, ...) in turns; without it, Gaussian about ``config.baseline``. Places on the
+    way are drawn one from each of ``config.draws`` equal parts of it, which keeps them uniform and their mean closer. As many
+    draws as background samples, or a multiple, use each equally often. Draws are the same for every sample of ``x``.
 
     Sources: Lundberg & Lee 2017 (arXiv:1705.07874); Erion et al. 2019 (arXiv:1906.10670).
     """

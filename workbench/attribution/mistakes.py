@@ -1,4 +1,4 @@
-"""Samples worth a look: those that a model is most wrong about, from one pass over the data that keeps only those, or by place."""
+"""Samples worth a look: those a model is most wrong about, by a pass over the data that keeps only those; or by their places."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def most_wrong(
 
     Args:
         model: gives outputs (N, classes).
-        data: batches (x, y) of inputs (N, ...) and class indices (N,), e.g. a data loader; each is asked for once, and no more than
-            ``count`` samples are kept.
+        data: batches (x, y) of inputs (N, ...) and class indices (N,), e.g. a data loader; each is asked for once, and no more
+            than ``count`` samples are kept.
         count: how many samples, at most.
         names: of classes, tokens and columns; by default those that ``data`` has.
 
