@@ -107,12 +107,12 @@ class Explain(Panel):
             RunError: there is no trained run.
             ConfigError, ModelError, DataError: as by :func:`~workbench.attribution.most_wrong`.
         """
-        if self.run is None and self._given is None:
-            raise RunError("There is no trained run to explain.", "Train one first.")
-        _ = self.config
         self._busy, self._error = True, Html()
         self._refresh()
         try:
+            if self.run is None and self._given is None:
+                raise RunError("There is no trained run to explain.", "Train one first.")
+            _ = self.config
             found: Explanations = execute(self.code, given=self._given)["explained"]
             self.explained, self.chosen = found, 0
             return found
@@ -238,6 +238,7 @@ class Explain(Panel):
 
     def _clicked(self, _value: Any, _values: Mapping[str, Any]) -> None:
         if not self._busy:
+            self._busy = True
             self._do(self.act, lambda error: None)  # act has noted it
 
     def _choose(self, value: Any, _values: Mapping[str, Any]) -> None:
