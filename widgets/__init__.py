@@ -1,4 +1,4 @@
-"""Panels over the engine: configure, train, inspect, prune, quantize, compare.
+"""Panels over the engine: configure, train, inspect, prune, quantize, compare, explain.
 
 Importing this package loads no framework; each name is loaded on first use. Everything a panel shows lies in run folders, and
 everything a panel does is code that it shows (see :mod:`widgets.panel`).
@@ -16,15 +16,17 @@ _EXPORTS = {
     "PrunePanel": "widgets.prune",
     "QuantizePanel": "widgets.quantize",
     "ComparePanel": "widgets.compare",
+    "Explain": "widgets.explain",
     "RunList": "widgets.runs",
     "LivePlot": "widgets.live_plot",
     "Form": "widgets.form",
 }
 
-__all__ = ["ComparePanel", "Form", "Inspector", "LivePlot", "PrunePanel", "QuantizePanel", "RunList", "TrainPanel", "Workbench"]
+__all__ = [*_EXPORTS]
 
 if TYPE_CHECKING:
     from widgets.compare import ComparePanel
+    from widgets.explain import Explain
     from widgets.form import Form
     from widgets.inspector import Inspector
     from widgets.live_plot import LivePlot

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -123,9 +124,9 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def execute(code: str, name: str = "<the panel's code>") -> dict[str, Any]:
-    """Run an action's code in a namespace of its own; the names it made."""
-    names: dict[str, Any] = {"__name__": "workbench_action"}
+def execute(code: str, name: str = "<the panel's code>", given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Run an action's code in a namespace of its own, with the names ``given``; all names there are then."""
+    names: dict[str, Any] = {"__name__": "workbench_action", **(given or {})}
     exec(compile(code, name, "exec"), names)  # the very text the panel shows
     return names
 

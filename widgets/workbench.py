@@ -1,4 +1,4 @@
-"""All panels as one: train, inspect, prune, quantize, compare, and the runs they share.
+"""All panels as one: train, inspect, explain, prune, quantize, compare, and the runs they share.
 
 A run chosen in one panel is the current run of the others. Panels are made when first turned to.
 """
@@ -18,7 +18,7 @@ from widgets.surface import Surface
 from workbench.run import Run
 from workbench.training.config import TrainConfig
 
-TABS = ("Train", "Inspect", "Prune", "Quantize", "Compare", "Runs")
+TABS = ("Train", "Inspect", "Explain", "Prune", "Quantize", "Compare", "Runs")
 
 
 class Workbench(Panel):
@@ -145,13 +145,14 @@ class Workbench(Panel):
 
 def _makers(reopen: Callable[[Run], None]) -> dict[str, Callable[[Run | None], Any]]:
     from widgets.compare import ComparePanel
+    from widgets.explain import Explain
     from widgets.inspector import Inspector
     from widgets.prune import PrunePanel
     from widgets.quantize import QuantizePanel
     from widgets.runs import RunList
 
-    made: dict[str, Callable[[Run | None], Any]] = {"Inspect": Inspector, "Prune": PrunePanel, "Quantize": QuantizePanel}
-    return made | {"Compare": ComparePanel, "Runs": lambda run: RunList(on_open=reopen)}
+    made: dict[str, Callable[[Run | None], Any]] = {"Inspect": Inspector, "Explain": Explain, "Prune": PrunePanel}
+    return made | {"Quantize": QuantizePanel, "Compare": ComparePanel, "Runs": lambda run: RunList(on_open=reopen)}
 
 
 def _same(one: Run | None, other: Run | None) -> bool:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from tests.comparison.conftest import QUICK
 from workbench.attribution import AttributionConfig, explain
+from workbench.attribution.agreement import cosine, patch_means, ranks
 from workbench.comparison import compare
 from workbench.comparison.measure import _draw, _Seen
-from workbench.comparison.moved import _cosine, _grid, _ranks
 
 ATTRIBUTING = QUICK.override({"attributions": 5})
 
@@ -89,14 +89,14 @@ def test_ranks_are_spearmans(values: list[int], seed: int) -> None:
     a = torch.tensor(values, dtype=torch.float32)
     b = a[torch.randperm(len(a), generator=torch.Generator().manual_seed(seed))]
     if a.unique().numel() > 1:
-        assert _cosine(_ranks(a), _ranks(b)) == pytest.approx(spearmanr(a.numpy(), b.numpy()).statistic, abs=1e-9)
+        assert cosine(ranks(a), ranks(b)) == pytest.approx(spearmanr(a.numpy(), b.numpy()).statistic, abs=1e-9)
 
 
 def test_a_grid_has_the_credit_of_each_patch() -> None:
     x = torch.randn(1, 3, 13, 9)
     model = nn.Sequential(nn.Flatten(), nn.Linear(351, 2))
     credits = explain(model, x, 0, "occlusion", AttributionConfig(patches=4))
-    grid = _grid(credits, 4)
+    grid = patch_means(credits, 4)
     assert grid.shape == (4, 4)
     assert sorted(grid.flatten().tolist()) == pytest.approx(sorted(credits.unique().tolist()), abs=1e-5)
 

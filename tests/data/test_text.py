@@ -59,8 +59,12 @@ def test_the_articles_are_divided_by_seed_class_by_class() -> None:
 def test_ids_reach_the_model_as_they_are() -> None:
     config = DataConfig(name="ag_news", limit=128, batch_size=64, args={"length": 16})
     ids: Any = load_splits(config).train.x  # type: ignore[union-attr]
-    seen = torch.cat([x for x, _ in load_batches(config, "train")])
+    batches = load_batches(config, "train")
+    seen = torch.cat([x for x, _ in batches])
     assert seen.dtype == torch.int64 and sorted(seen.tolist()) == sorted(ids.tolist())
+    known = Vocabulary(batches.tokens[2:])
+    text = " ".join(batches.tokens[i] for i in seen[0].tolist() if i > UNKNOWN)
+    assert known.encode([text], 16)[0].tolist()[: int((seen[0] > UNKNOWN).sum())] == [i for i in seen[0].tolist() if i > UNKNOWN]
 
 
 @needs_news

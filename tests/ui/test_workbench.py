@@ -135,7 +135,7 @@ def test_the_whole_workbench(lab: Any) -> None:
     wait_for_status(book, "finished", timeout=90)
     book.screenshot("bench-train-light")
 
-    for name in ("Inspect", "Prune", "Quantize", "Compare", "Runs"):
+    for name in ("Inspect", "Explain", "Prune", "Quantize", "Compare", "Runs"):
         tabs.get_by_role("tab", name=name).click()
         page.locator(f"[role=tab][data-value={name}][aria-selected=true]").wait_for()
         page.wait_for_timeout(700)

@@ -107,7 +107,7 @@ def test_compare_measures_what_is_ticked(run: Run, until: Any) -> None:
 def test_the_workbench_shares_its_run(run: Run, until: Any) -> None:
     bench = Workbench(run=run)
     _ = bench.view
-    for tab in ("Inspect", "Prune", "Quantize", "Compare", "Runs", "Train"):
+    for tab in ("Inspect", "Explain", "Prune", "Quantize", "Compare", "Runs", "Train"):
         panel = bench.open(tab)
         assert tab == "Runs" or panel.run.path == run.path
         assert f'data-value="{tab}" role="tab" aria-selected="true"' in bench._nav.html

@@ -12,13 +12,14 @@ from nbclient import NotebookClient
 from workbench.training.config import TrainConfig
 
 CELLS = [
-    "from widgets import ComparePanel, Inspector, PrunePanel, QuantizePanel, RunList, TrainPanel, Workbench",
+    "from widgets import ComparePanel, Explain, Inspector, PrunePanel, QuantizePanel, RunList, TrainPanel, Workbench",
     "TrainPanel()",
     "Workbench()",
     "RunList()",
     "PrunePanel()",
     "QuantizePanel()",
     "ComparePanel()",
+    "Explain()",
 ]
 
 
@@ -35,5 +36,5 @@ def test_an_executed_notebook_is_small(fake_run: object, tmp_path: Path) -> None
         assert "<b>bold</b>" not in html
     assert "finished" in outputs[0][0]["data"]["text/html"]
     size = len(json.dumps(book))
-    print(f"\nsix panels without a page: {size / 1000:.1f} KB")
+    print(f"\nseven panels without a page: {size / 1000:.1f} KB")
     assert size < 200_000

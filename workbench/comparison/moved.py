@@ -6,15 +6,16 @@ prefers; the two maps are compared by cosine and by rank.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from workbench.attribution import AttributionConfig, explain, patches_of
+from workbench.attribution.agreement import cosine, patch_means, ranks
+from workbench.attribution.crediting import explain
+from workbench.attribution.pictures import picture
+from workbench.attribution_config import AttributionConfig, card_of
 from workbench.comparison.config import CompareConfig
 from workbench.comparison.forms import Form, Variant, deployed_forms
 from workbench.comparison.result import Moved
@@ -48,7 +49,7 @@ def moved_attributions(
         new_answers = models[name](x).argmax(1)
         made = []
         for i, position in enumerate(positions):
-            one, other = _grid(before[i : i + 1], settings.patches), _grid(after[i : i + 1], settings.patches)
+            one, other = patch_means(before[i : i + 1], settings.patches), patch_means(after[i : i + 1], settings.patches)
             made.append(
                 Moved(
                     variant=name,
@@ -56,14 +57,14 @@ def moved_attributions(
                     label=int(y[i]),
                     answer=int(answers[i]),
                     new_answer=int(new_answers[i]),
-                    cosine=_cosine(one.flatten(), other.flatten()),
-                    rank=_cosine(_ranks(one.flatten()), _ranks(other.flatten())),
+                    cosine=cosine(one.flatten(), other.flatten()),
+                    rank=cosine(ranks(one.flatten()), ranks(other.flatten())),
                     before=_rounded(one),
                     after=_rounded(other),
                 )
             )
         order = sorted(range(len(made)), key=lambda i: made[i].cosine)
-        found += [replace(made[i], picture=_picture(x[i]) if rank < PICTURES else "") for rank, i in enumerate(order)]
+        found += [replace(made[i], picture=picture(x[i], PIXELS) if rank < PICTURES else "") for rank, i in enumerate(order)]
     return found, notes
 
 
@@ -72,7 +73,7 @@ def _models(
 ) -> tuple[dict[str, Callable[[Tensor], Tensor]], list[str]]:
     """What to explain of each variant: its deployed form, in calls of one size; by gradients, the float model itself."""
     deployed = {name: forms[index] for name, index in deployed_forms(forms).items()}
-    if config.attribution_method in ("occlusion", "feature_ablation"):
+    if not card_of(config.attribution_method).get("gradients", True):
         return {name: _padded(deployed[name].call, config.batch_sizes[-1]) for name in loaded}, []
     able = [name for name in loaded if loaded[name].quantized is None]
     notes = [
@@ -96,48 +97,5 @@ def _padded(call: Callable[[Tensor], Tensor], size: int) -> Callable[[Tensor], T
     return padded
 
 
-def _grid(credits: Tensor, patches: int) -> Tensor:
-    """Mean credit by patch (rows, columns): of an image its patches, of a sequence or features one row."""
-    groups = patches_of(credits, patches)
-    if groups is None:
-        return credits.reshape(1, -1).cpu()
-    flat = groups.expand_as(credits).flatten()
-    count = int(flat.max()) + 1
-    sums = torch.zeros(count, device=credits.device).index_add(0, flat, credits.flatten())
-    means = (sums / flat.bincount(minlength=count)).cpu()
-    return means.reshape(min(patches, credits.shape[-2]), -1) if credits.dim() >= 4 else means.reshape(1, -1)
-
-
-def _cosine(a: Tensor, b: Tensor) -> float:
-    """Cosine of two maps; 1 where both are zero everywhere, 0 where one is."""
-    a, b = a.double(), b.double()
-    lengths = float(a.norm() * b.norm())
-    return float(a @ b) / lengths if lengths else float(torch.equal(a, b))
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks about their mean, equal values sharing theirs; their cosine is Spearman's correlation."""
-    _, inverse, counts = values.double().unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    return (ends - (counts - 1) / 2)[inverse] - (len(values) + 1) / 2
-
-
 def _rounded(grid: Tensor) -> list[list[float]]:
     return [[float(f"{value:.3g}") for value in row] for row in grid.tolist()]
-
-
-def _picture(sample: Tensor) -> str:
-    """An image (C, H, W) as a small PNG in a data URI; "" for what is no image."""
-    if sample.dim() != 3 or not sample.is_floating_point():
-        return ""
-    from PIL import Image
-
-    image = sample.float().cpu()
-    image = image if len(image) in (1, 3) else image.mean(0, keepdim=True)
-    low, high = image.min(), image.max()
-    pixels = ((image - low) / (high - low).clamp_min(1e-12) * 255).round().byte().permute(1, 2, 0)
-    drawn = Image.fromarray(pixels.squeeze(-1).numpy())
-    drawn.thumbnail((PIXELS, PIXELS))
-    file = io.BytesIO()
-    drawn.save(file, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

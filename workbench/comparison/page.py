@@ -6,13 +6,12 @@ template escapes everything that isn't drawn by :mod:`~workbench.comparison.draw
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from workbench.attribution.pictures import heat
 from workbench.comparison.drawing import small_multiples, variant_colours
 from workbench.comparison.reload import EQUAL
 from workbench.comparison.result import ClassChange, Comparison, Measurement, Moved
@@ -226,8 +225,8 @@ def _moved(comparison: Comparison, names: list[str]) -> Iterator[dict[str, Any]]
         tiles = [
             {
                 "picture": moved.picture,
-                "before": _heat(moved.before),
-                "after": _heat(moved.after),
+                "before": heat(moved.before),
+                "after": heat(moved.after),
                 "long": len(moved.before) == 1,
                 "title": f"sample {moved.sample}, {name(moved.label)}",
                 "answer": name(moved.answer)
@@ -245,21 +244,6 @@ def _moved(comparison: Comparison, names: list[str]) -> Iterator[dict[str, Any]]
             "cosine": f"{sum(m.cosine for m in samples) / len(samples):.2f}",
             "rank": f"{sum(m.rank for m in samples) / len(samples):.2f}",
         }
-
-
-def _heat(grid: list[list[float]]) -> str:
-    """Credits as a PNG of one pixel a patch: amber speaks for the answer, blue against it, clear for neither."""
-    from PIL import Image
-
-    most = max((abs(value) for row in grid for value in row), default=0.0) or 1.0
-    image = Image.new("RGBA", (len(grid[0]), len(grid)))
-    for r, row in enumerate(grid):
-        for c, value in enumerate(row):
-            colour = (240, 150, 0) if value > 0 else (50, 110, 230)
-            image.putpixel((c, r), (*colour, round(230 * abs(value) / most)))
-    file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 # Numbers ----------------------------------------------------------------------------------------------------------------

@@ -15,11 +15,17 @@ from workbench.data.splits import load_splits
 
 
 class LoadedBatches(list[tuple[Any, Tensor]]):
-    """Batches (x, y) in order, and the names of the classes, in label order, where there are any."""
+    """Batches (x, y) in order, and the names of the classes, in label order, of tokens and of columns, where there are any."""
 
-    def __init__(self, batches: Iterable[tuple[Any, Tensor]], classes: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        batches: Iterable[tuple[Any, Tensor]],
+        classes: tuple[str, ...] = (),
+        tokens: tuple[str, ...] = (),
+        columns: tuple[str, ...] = (),
+    ) -> None:
         super().__init__(batches)
-        self.classes = classes
+        self.classes, self.tokens, self.columns = classes, tokens, columns
 
 
 def load_batches(
@@ -36,8 +42,9 @@ def load_batches(
     splits = load_splits(config, root=root)
     batches = Batches(splits, config, Shard(), Target(torch.device("cpu")), seed)
     try:
+        names = splits.classes, splits.tokens, splits.columns
         if split == "eval":
-            return LoadedBatches(((x[:count], y[:count]) for x, y, count in batches.evaluation()), splits.classes)
-        return LoadedBatches((batch for step in batches.epoch(0) for batch in step), splits.classes)
+            return LoadedBatches(((x[:count], y[:count]) for x, y, count in batches.evaluation()), *names)
+        return LoadedBatches((batch for step in batches.epoch(0) for batch in step), *names)
     finally:
         batches.close()

@@ -53,6 +53,8 @@ class Splits:
         classes: names of the classes in label order; empty when the task is not classification.
         mean, std: by channel, of pixel values scaled to 0…1; applied to uint8 images on the device.
         augment: augmentations that suit the data.
+        tokens: text of each token id, "" for padding; empty when the inputs are no token ids.
+        columns: names of a table's columns or a series' channels, in order; empty when they have none.
     """
 
     train: Arrays | Dataset[Any]
@@ -61,6 +63,8 @@ class Splits:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     augment: tuple[str, ...] = field(default=())
+    tokens: tuple[str, ...] = field(default=(), repr=False)
+    columns: tuple[str, ...] = ()
 
     @property
     def first_input(self) -> Any:

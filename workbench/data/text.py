@@ -57,6 +57,11 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.entries) + 2
 
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Text of each id: none of padding."""
+        return "", "[unknown]", *self.entries
+
     @cached_property
     def _ids(self) -> dict[str, int]:
         return {word: index for index, word in enumerate(self.entries, start=2)}
@@ -90,7 +95,7 @@ def ag_news(length: int = 64, vocabulary: int = 8192, seed: int = 0) -> Splits:
     evaluated[stratified(order, labels, 1600)] = True
     known = Vocabulary.of((text for text, held in zip(texts, evaluated, strict=True) if not held), vocabulary, least=2)
     ids = known.encode(texts, length)
-    return Splits(Arrays(ids[~evaluated], labels[~evaluated]), Arrays(ids[evaluated], labels[evaluated]))
+    return Splits(Arrays(ids[~evaluated], labels[~evaluated]), Arrays(ids[evaluated], labels[evaluated]), tokens=known.tokens)
 
 
 def _ag_news_articles() -> tuple[Tensor, list[str]]:
