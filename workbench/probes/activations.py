@@ -37,9 +37,9 @@ class ActivationProbe(Probe):
     but zero, or ``saturated``: nothing but values at a bound of their activation, in 64 values sampled in a row or more.
 
     Scalars are exact, summed in float64 over every element and micro-step of this rank's share; histogram and units are of a
-    sample of the last micro-batch, ``sampled`` elements. Hooks are installed before compilation and traced with the model: a step
-    that reads runs a second compiled graph, in which each layer's output goes through one more operator; steps that don't read pay
-    nothing. In eager steps the outputs of several layers are read by one launch.
+    sample of the last micro-batch, ``sampled`` elements. Hooks are installed before compilation and traced with the model: a
+    step that reads runs a second compiled graph, in which each layer's output goes through one more operator; steps that don't
+    read pay nothing. In eager steps the outputs of several layers are read by one launch.
     """
 
     kind = "activations"
