@@ -119,13 +119,16 @@ class Float8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
         rows = x.reshape(-1, self.in_features)
         count = len(rows)
-        if lacking_rows := -count % GRAIN:  # rows of zeros change no sum
-            rows = F.pad(rows, (0, 0, 0, lacking_rows))
-        y: Tensor = _Product.apply(rows, self.weight)[:count].view(*x.shape[:-1], self.out_features)
+        if missing := -count % GRAIN:  # rows of zeros change no sum
+            rows = F.pad(rows, (0, 0, 0, missing))
+        with torch.autocast(device, enabled=False):  # a CPU multiplies by other operations, whose inputs it would round again
+            y: Tensor = _Product.apply(rows, self.weight)
+        y = y[:count].view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
