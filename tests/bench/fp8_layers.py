@@ -3,8 +3,8 @@
     python -m tests.bench.fp8_layers [--rows 4096 16384] [--out FILE]
 
 A norm, a linear layer and a GELU, forward and backward, compiled and captured as in a run; the input and its gradient are bf16,
-the weight fp32. ``rule`` is what :func:`workbench.training.fp8.gains` says of the size: it should say yes where the ratio is above
-1. On a CPU the sizes shrink and the figures only show that it runs.
+the weight fp32. ``rule`` is what :func:`workbench.training.fp8.gains` says of the size: yes is right where the ratio is above 1.
+On a CPU the sizes shrink and the figures only show that it runs.
 """
 
 from __future__ import annotations

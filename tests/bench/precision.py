@@ -8,8 +8,8 @@
   layer; AdamW; in bf16 and, where the GPU has it, FP8, captured.
 
 One recipe and one seed for all precisions. Time is that of the fastest window of steps after the first epoch, memory the
-allocator's peak, accuracy that of the 5,000 test images. Four epochs, the rate rising for a tenth of them and falling to zero, tell
-precisions apart and should keep all of it under five minutes on an H200; they are no recipe for the best accuracy, which takes
+allocator's peak, accuracy that of the 5,000 test images. Four epochs, the rate rising for a tenth of them and falling to zero,
+tell precisions apart and should keep all of it under five minutes on an H200. They are no recipe for the best accuracy: that is
 ``--epochs 30`` and more. On a CPU the sizes shrink, FP8 is emulated, and the figures only show that it runs.
 """
 
