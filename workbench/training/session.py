@@ -42,6 +42,7 @@ from workbench.training.economy import check_memory
 from workbench.training.fitting import GIB, sample_batch, settle_memory
 from workbench.training.mesh import Mesh
 from workbench.training.objective import Objective
+from workbench.training.padding import settle_padding
 from workbench.training.precision import Precision, layers_for_fp8, settle_fp8
 from workbench.training.recorder import Recorder, say_failed
 from workbench.training.speed import MEASURED_FROM, measured_compile, measured_fp8, measured_precision
@@ -129,6 +130,7 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     mesh = Mesh(config.mesh.arranged(world.size), world)
     _check_mesh(config, mesh, precision)
     channels_last = config.channels_last and images and mesh.plain  # parts are rows of contiguous weights
+    splits = settle_padding(config.data, model, splits, world.device, precision.dtype, decided)
     model.to(world.device)
     if channels_last:
         model.to(memory_format=torch.channels_last)
