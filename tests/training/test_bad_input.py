@@ -66,7 +66,7 @@ def fails(config: TrainConfig, error: type[WorkbenchError], *words: str, **given
         ({"optim.lr": float("nan")}, ["optim.lr=nan must be", "finite"]),
         ({"optim.momentum": 1.5}, ["optim.momentum=1.5 must be less than 1"]),
         ({"data.batch_size": "many"}, ["data.batch_size='many' must be a valid integer", "Samples per optimizer step"]),
-        ({"precision": "fp8"}, ["precision='fp8' must be", "'bf16'"]),
+        ({"precision": "fp4"}, ["precision='fp4' must be", "'bf16'"]),
         ({"schedule.name": "cosin"}, ["schedule.name='cosin' must be", "'cosine'"]),
         ({"optim.learning_rate": 0.1}, ["optim.learning_rate is not a setting of OptimConfig", "it has", "lr"]),
         ({"epoch": 3}, ["epoch is not a setting of TrainConfig", "did you mean 'epochs'"]),

@@ -68,9 +68,10 @@ class TrainConfig(Config):
         description="End after so many optimizer steps, though epochs are left.",
         json_schema_extra=hint(advanced=True),
     )
-    precision: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = Field(
+    precision: Literal["auto", "fp32", "tf32", "fp16", "bf16", "fp8"] = Field(
         "auto",
-        description="Arithmetic of matrix products and convolutions; weights stay fp32. auto: bf16 where an accelerator has it.",
+        description="Arithmetic of matrix products and convolutions; weights stay fp32. fp8: large linear layers', the rest "
+        "bf16, to be compiled. auto: bf16 where an accelerator has it; long runs measure what is faster.",
     )
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = Field(
         "off",

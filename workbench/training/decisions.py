@@ -12,6 +12,7 @@ import yaml
 from workbench.data.splits import Arrays, Splits
 from workbench.errors import DeviceError
 from workbench.storage import write_atomic
+from workbench.training import fp8
 from workbench.training.config import TrainConfig
 
 
@@ -40,6 +41,9 @@ def decide_precision(config: TrainConfig, device: torch.device, decisions: Decis
         DeviceError: this device cannot compute in the precision asked for.
     """
     wanted = config.precision
+    if "fp8" in (wanted, decisions.made.get("precision", {}).get("value") if wanted == "auto" else None):
+        fp8.check_device(device)
+        return "fp8"
     if device.type == "cpu":
         if wanted == "tf32":
             raise DeviceError(

@@ -30,7 +30,7 @@ from workbench.models import ModelConfig, build_model
 from workbench.probes import PROBES, Probe, ProbeSet
 from workbench.registry import find_source
 from workbench.run import Run
-from workbench.training import decisions, environment, repro, sources
+from workbench.training import decisions, environment, fp8, repro, sources
 from workbench.training.advice import Advice, advise
 from workbench.training.balance import SETTING, Balance, first_shares
 from workbench.training.checkpoint import random_state, set_random_state
@@ -42,9 +42,10 @@ from workbench.training.economy import check_memory
 from workbench.training.fitting import GIB, sample_batch, settle_memory
 from workbench.training.mesh import Mesh
 from workbench.training.objective import Objective
-from workbench.training.precision import Precision
+from workbench.training.padding import settle_padding
+from workbench.training.precision import Precision, layers_for_fp8, settle_fp8
 from workbench.training.recorder import Recorder, say_failed
-from workbench.training.speed import MEASURED_FROM, measured_compile, measured_precision
+from workbench.training.speed import MEASURED_FROM, measured_compile, measured_fp8, measured_precision
 from workbench.training.stages import divided
 from workbench.training.tensor_parallel import divide
 from workbench.training.trainer import Trainer
@@ -79,6 +80,7 @@ def execute(run: Run, attempt: int, *, data: Any = None) -> Trainer:
             with _flags(config), _interruptible(control):
                 trainer = _build(config, run, recorder, control, world, data)
                 stack.callback(trainer.batches.close)
+                stack.callback(trainer.precision.release)
                 trainer.fit()
                 _finish(trainer, run, recorder, world)
             return trainer
@@ -128,6 +130,7 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     mesh = Mesh(config.mesh.arranged(world.size), world)
     _check_mesh(config, mesh, precision)
     channels_last = config.channels_last and images and mesh.plain  # parts are rows of contiguous weights
+    splits = settle_padding(config.data, model, splits, world.device, precision.dtype, decided)
     model.to(world.device)
     if channels_last:
         model.to(memory_format=torch.channels_last)
@@ -139,14 +142,20 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     total_steps = min(config.epochs * batches.steps_per_epoch, config.max_steps or 10**12)
     _check_model(model, batches, config, precision)
     measurable = mesh.plain and total_steps >= MEASURED_FROM and config.distill is None
+    choice = None
+    may_be_fp8 = "precision" in open_questions and measurable and fp8.lacking(world.device) is None
+    if precision.name == "fp8" or may_be_fp8:
+        choice = layers_for_fp8(model, batches, precision)
     if "precision" in open_questions and measurable and config.compile == "off":
         x, y = sample_batch(batches)
         x = x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-        trial = Trial(Objective(model, make_loss(config.loss)), (x, y), config.optim)
+        trial = Trial(Objective(model, make_loss(config.loss)), (x, y), config.optim, choice=choice)
         precision = Precision(
             measured_precision(trial, precision.name, total_steps, config.accumulate, world, decided), world.device
         )
         batches.target = replace(target, dtype=precision.dtype)
+    if precision.name == "fp8":
+        settle_fp8(model, precision, choice, decided)
     if mesh["tensor"] > 1:
         whole = divide(model, find_source(config.mesh.plan, run.path), mesh.along("tensor"), next(batches.evaluation())[0][:2])
         if whole:
@@ -171,6 +180,12 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     if "compile" in open_questions and compile_mode != "off" and measurable:
         trial = Trial(objective, sample_batch(batches), config.optim)
         compile_mode = measured_compile(trial, compile_mode, precision.name, total_steps, config.accumulate, world, decided)
+    if may_be_fp8 and precision.name == "bf16" and compile_mode != "off" and choice is not None and choice.layers:
+        trial = Trial(objective, sample_batch(batches), config.optim, choice=choice)
+        name = measured_fp8(trial, compile_mode, precision.name, total_steps, config.accumulate, world, decided)
+        if name == "fp8":
+            precision = Precision(name, world.device)
+            settle_fp8(model, precision, choice, decided)
 
     def reshared(sizes: tuple[int, ...], finding: events.Finding) -> None:
         decided.revise(SETTING, list(sizes), finding.message)
@@ -217,6 +232,11 @@ def _check_mesh(config: TrainConfig, mesh: Mesh, precision: Precision) -> None:
         raise ConfigError(
             "precision='fp16' scales the loss, and ranks that hold parts of a model do not agree on when it overflowed.",
             "Take precision='bf16' or 'fp32', or replicate the model: mesh.shard=1, mesh.tensor=1.",
+        )
+    if precision.name == "fp8" and mesh["tensor"] > 1:
+        raise ConfigError(
+            f"precision='fp8' scales tensors by their largest number, and mesh.tensor={mesh['tensor']} leaves no rank a whole.",
+            f"Take mesh.shard={mesh['tensor']}, or precision='bf16'.",
         )
     for name in ("tensor", "pipeline"):
         for part in ("penalties", "distill"):

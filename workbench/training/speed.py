@@ -29,6 +29,8 @@ WORTH = 1.3
 def measured_precision(trial: Trial, rule: str, steps: int, accumulate: int, world: World, decided: Decisions) -> str:
     """The most exact precision within :data:`WORTH` of the fastest; ``rule``'s for a short run.
 
+    FP8 is one of them if the trial has a choice of layers for it.
+
     Args:
         trial: of a batch in fp32.
         steps: of the run.
@@ -39,7 +41,8 @@ def measured_precision(trial: Trial, rule: str, steps: int, accumulate: int, wor
         reason = f"{decided.made['precision']['reason']}; a run of about {usual * steps:.0f} s doesn't pay for measuring others"
         decided.revise("precision", rule, reason)
         return rule
-    others = ("fp32", "bf16") if trial.device.type == "cpu" else ("fp32", "tf32", "bf16")
+    others: tuple[str, ...] = ("fp32", "bf16") if trial.device.type == "cpu" else ("fp32", "tf32", "bf16")
+    others += ("fp8",) if trial.choice is not None and trial.choice.layers else ()
     times = {name: usual if name == rule else _seconds(trial, replace(setting, precision=name), world) for name in others}
     fastest = min(times.values())
     chosen = next(name for name, seconds in times.items() if seconds <= WORTH * fastest)
@@ -73,6 +76,41 @@ def measured_compile(
     trial.objective._compiled_call_impl = None
     decided.revise("compile", "off", f"{told}: not {WORTH} × as fast")
     return "off"
+
+
+def measured_fp8(trial: Trial, mode: str, precision: str, steps: int, accumulate: int, world: World, decided: Decisions) -> str:
+    """``fp8`` if a run of compiled steps is long enough for another compilation, and they are :data:`WORTH` times as fast.
+
+    Eager steps round tensors to FP8 one operation at a time, which takes more than it gives: they decide nothing here. If it is
+    ``fp8``, the objective is compiled afterwards.
+
+    Args:
+        trial: with a choice of layers.
+        mode: of torch.compile.
+        precision: what it is otherwise.
+        steps: of the run.
+    """
+    setting = Setting(precision, parts=accumulate, compiled=True)
+    usual = _compiled(trial, setting, mode, world)
+    reason = decided.made["precision"]["reason"]
+    if not usual * steps > COMPILES:
+        short = f"a run of about {usual * steps:.0f} s, compiled, doesn't pay for compiling in FP8 too"
+        decided.revise("precision", precision, f"{reason}; {short}")
+        return precision
+    eighth = _compiled(trial, replace(setting, precision="fp8"), mode, world)
+    told = f"a compiled step takes {1000 * usual:.3g} ms in {precision}, {1000 * eighth:.3g} ms in fp8"
+    if eighth * WORTH <= usual:
+        decided.revise("precision", "fp8", told)
+        return "fp8"
+    trial.objective._compiled_call_impl = None
+    decided.revise("precision", precision, f"{reason}; {told}: not {WORTH} × as fast")
+    return precision
+
+
+def _compiled(trial: Trial, setting: Setting, mode: str, world: World) -> float:
+    torch.compiler.reset()
+    trial.objective.compile(mode=None if mode == "default" else mode)
+    return _seconds(trial, setting, world)
 
 
 def _seconds(trial: Trial, setting: Setting, world: World) -> float:

@@ -27,7 +27,7 @@ from workbench.losses import make_loss
 from workbench.models import build_model
 from workbench.optim import make_optimizer
 from workbench.optim_config import OptimConfig
-from workbench.training import decisions
+from workbench.training import decisions, fp8
 from workbench.training.checkpoint import random_state, set_random_state
 from workbench.training.config import TrainConfig
 from workbench.training.economy import Economy
@@ -68,18 +68,28 @@ class Trial:
         batch: x and y [N, ...], there too; repeated or cut to the sizes asked for.
         optim: the optimizer.
         held: bytes that a rank keeps besides, such as what gradients travel in.
+        choice: the layers that multiply in FP8 in that precision; None where they already do.
 
     Raises:
         ConfigError: batches of several tensors, whose size is unknown.
     """
 
-    def __init__(self, objective: Objective, batch: tuple[Any, Tensor], optim: OptimConfig, *, held: int = 0) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        batch: tuple[Any, Tensor],
+        optim: OptimConfig,
+        *,
+        held: int = 0,
+        choice: fp8.Choice | None = None,
+    ) -> None:
         if not isinstance(batch[0], Tensor):
             raise ConfigError(
                 f"Memory is measured on batches of one tensor; this one's input is a {type(batch[0]).__name__}.",
                 "Set memory.recompute and memory.offload to what you want.",
             )
         self.objective, self.batch, self.optim, self.held = objective, batch, optim, held
+        self.choice = choice
         self.device = batch[0].device
         self.normalized = any(isinstance(module, _BatchNorm) for module in objective.modules())
         self.least = 2 if self.normalized else 1
@@ -118,6 +128,8 @@ class Trial:
         trained = self.objective.trained
         optimizer = make_optimizer(trained, self.optim)
         precision = Precision(setting.precision, self.device)
+        if self.choice is not None:
+            precision.convert(self.choice)
         economy = Economy(setting.memory, self.objective.model, optimizer)
 
         call = self.objective if setting.compiled else self.objective.forward
@@ -136,6 +148,7 @@ class Trial:
             yield step
         finally:
             economy.undo(state=False)
+            precision.release()
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -236,4 +249,9 @@ def trial_of(config: TrainConfig, data: Any = None, root: str | os.PathLike[str]
         (batch,) = next(iter(batches.epoch(0)))
     finally:
         batches.close()
-    return Trial(Objective(model, make_loss(config.loss), config.penalties), batch, config.optim), precision.name
+    choice = None
+    if precision.name == "fp8":
+        samples = max(1, size // config.accumulate)
+        choice = fp8.choose(model, batch[0][:2], len(batch[0][:2]), samples, precision.autocast).check(model)
+    objective = Objective(model, make_loss(config.loss), config.penalties)
+    return Trial(objective, batch, config.optim, choice=choice), precision.name
