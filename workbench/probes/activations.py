@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from workbench.placement import to_device
 from workbench.probes.base import EDGES, Probe, StepContext, computing_again
 from workbench.probes.config import ProbeConfig
 from workbench.probes.kernels import merged, new_partials, record, reset
@@ -43,10 +44,9 @@ class ActivationProbe(Probe):
             if not any(module.children()) and not isinstance(module, _SKIPPED) and self.wants(name)
         ]
         self._names = [name or type(model).__name__ for name, _ in layers]
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self._partials = new_partials(len(layers), device)
-        self._samples = torch.zeros(len(layers), SAMPLE, device=device)
-        self._edges = torch.tensor(EDGES[1:-1], device=device)
+        devices = dict.fromkeys(p.device for p in model.parameters()) or {torch.device("cpu"): None}
+        self._stores = {device: _Store(len(layers), device) for device in devices}
+        self._home = next(iter(self._stores))
         handles = [module.register_forward_hook(self._hook(row)) for row, (_, module) in enumerate(layers)]
 
         def detach() -> None:
@@ -57,8 +57,8 @@ class ActivationProbe(Probe):
 
     def arm(self) -> None:
         super().arm()
-        reset(self._partials)
-        self._samples.fill_(float("nan"))
+        for store in self._stores.values():
+            store.forget()
         self.active = True
 
     def _hook(self, row: int) -> Callable[[nn.Module, Any, Any], None]:
@@ -67,7 +67,11 @@ class ActivationProbe(Probe):
             if self.active and not computing_again():
                 value = output if isinstance(output, Tensor) else _first_tensor(output)
                 if value is not None and value.numel() and value.is_floating_point():
-                    record(value.detach(), self._partials, self._samples, row, sample_stride(value))
+                    value = value.detach()
+                    if value.device not in self._stores:  # of a layer without weights, on a device without any
+                        value = to_device(value, self._home)
+                    store = self._stores[value.device]
+                    record(value, store.partials, store.samples, row, sample_stride(value))
 
         return hook
 
@@ -75,12 +79,10 @@ class ActivationProbe(Probe):
     def read(self, context: StepContext) -> Tensor | None:
         """float64 [layers, MOMENTS + bins]: the moments, then the counts of the bins."""
         self.active = False
-        bins = len(EDGES) - 1
-        place = torch.bucketize(self._samples, self._edges, right=True)
-        place = torch.where(self._samples.isnan(), bins, place)  # unfilled, or not a number: counted nowhere
-        counts = torch.zeros(len(self._names), bins + 1, dtype=torch.float64, device=place.device)
-        counts.scatter_add_(1, place, torch.ones_like(place, dtype=torch.float64))
-        return torch.cat([merged(self._partials), counts[:, :bins]], dim=1)
+        found = [store.read() for store in self._stores.values()]
+        moments = torch.stack([to_device(part, self._home) for part, _ in found], dim=1)
+        counts = torch.stack([to_device(part, self._home) for _, part in found])
+        return torch.cat([merged(moments), counts.sum(0)], dim=1)
 
     def table(self, step: int, values: npt.NDArray[Any]) -> dict[str, Any]:
         seen = values[:, 0] > 0  # a layer that the step did not reach has nothing to tell
@@ -101,6 +103,28 @@ class ActivationProbe(Probe):
             "nonfinite": nonfinite.astype(np.int64),
             "histogram": list(values[seen, 7:].astype(np.int32)),
         }
+
+
+class _Store:
+    """What is recorded on one device, of all layers; those that compute elsewhere leave their rows empty."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.partials = new_partials(rows, device)
+        self.samples = torch.zeros(rows, SAMPLE, device=device)
+        self._edges = torch.tensor(EDGES[1:-1], device=device)
+
+    def forget(self) -> None:
+        reset(self.partials)
+        self.samples.fill_(float("nan"))
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """float64: moments [rows, MOMENTS], and counts [rows, bins]."""
+        bins = len(EDGES) - 1
+        place = torch.bucketize(self.samples, self._edges, right=True)
+        place = torch.where(self.samples.isnan(), bins, place)  # unfilled, or not a number: counted nowhere
+        counts = torch.zeros(len(place), bins + 1, dtype=torch.float64, device=place.device)
+        counts.scatter_add_(1, place, torch.ones_like(place, dtype=torch.float64))
+        return merged(self.partials), counts[:, :bins]
 
 
 def _first_tensor(output: Any) -> Tensor | None:

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from workbench.distributed import local, sum_over_shards, whole_norms
+from workbench.distributed import local, stacked, sum_over_shards, whole_norms
+from workbench.placement import to_device
 from workbench.probes.base import Probe, StepContext
 from workbench.probes.kernels import count_nonfinite
 
@@ -44,8 +45,9 @@ class GradientProbe(Probe):
         norm = whole_norms(gradients).double()
         largest = whole_norms(gradients, float("inf")).double()
         if context.scale is not None:
-            norm, largest = norm / context.scale, largest / context.scale
-        nonfinite = sum_over_shards(torch.stack([count_nonfinite(local(g)) for g in gradients]).double(), gradients)
+            scale = to_device(context.scale, norm.device)
+            norm, largest = norm / scale, largest / scale
+        nonfinite = sum_over_shards(stacked([count_nonfinite(local(g)) for g in gradients]).double(), gradients)
         weight_norm = whole_norms(weights).double()
         found = torch.stack([norm, largest, nonfinite, weight_norm], dim=1)
         if len(present) == len(self._parameters):

@@ -34,7 +34,7 @@ def reset(partials: Tensor) -> None:
 
 
 def merged(partials: Tensor) -> Tensor:
-    """float64 [rows, MOMENTS]."""
+    """[rows, parts, MOMENTS] -> [rows, MOMENTS], float64."""
     return torch.cat([partials[..., :5].sum(1), partials[..., 5:6].amin(1), partials[..., 6:7].amax(1)], dim=1)
 
 
@@ -52,7 +52,8 @@ def record(value: Tensor, partials: Tensor, samples: Tensor, row: int, stride: i
     samples[row, : sample.numel()].copy_(sample)
     if value.is_cuda:
         launch, block = _kernel()
-        launch(flat, partials[row], flat.numel(), block)
+        with torch.cuda.device_of(flat):  # Triton takes the present device, whatever the tensors are on
+            launch(flat, partials[row], flat.numel(), block)
         return
     count, total = flat.numel(), flat.sum(dtype=torch.float64)
     norm = torch.linalg.vector_norm(flat, dtype=torch.float64)
