@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.utils._pytree import tree_map_only
 
 from workbench.distributed import World, barrier
 from workbench.storage import as_run_error, check_owner, fsync_folder, fsync_tree, write_atomic
@@ -49,6 +50,8 @@ def save(folder: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any]
         RunError: the disk is full.
     """
     final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
+    if world.others:  # the writer waits for its copies from one device only
+        tensors = tree_map_only(Tensor, lambda value: value.cpu() if value.device in world.others else value, tensors)
     if world.main:
         for stale in folder.glob("*.tmp"):  # of a save that was killed
             shutil.rmtree(stale, ignore_errors=True)

@@ -63,8 +63,8 @@ class MeshConfig(Config):
     @classmethod
     def _devices_are_named(cls, devices: dict[str, str]) -> dict[str, str]:
         for layer, device in devices.items():
-            if not re.fullmatch(r"cpu|cuda:\d+", device):
-                raise ValueError(f"{layer!r} has {device!r}; a device is cpu, or cuda and a number, e.g. cuda:1")
+            if not re.fullmatch(r"cpu|[a-z]+:\d+", device):
+                raise ValueError(f"{layer!r} has {device!r}; a device is cpu, or a kind and a number, e.g. cuda:1")
         return devices
 
     def arranged(self, ranks: int) -> dict[str, int]:
