@@ -90,8 +90,8 @@ def test_a_join_of_layers_on_two_devices_is_refused_in_words(given: TrainConfig,
 
 
 def test_a_divided_block_is_not_computed_again(given: TrainConfig, tmp_path: Path) -> None:
+    changes = {"mesh.devices": {"1.1.conv": "far:0", "1.1.norm": "cpu"}, "distill": None, "memory.recompute": 1.0}
     with pytest.raises(ConfigError, match=r"mesh\.devices divides the block '1\.1' over cpu and far:0"):
-        changes = {"mesh.devices": {"1.1.conv": "far:0", "1.1.norm": "cpu"}, "distill": None, "memory.recompute": 1.0}
         train(given.override(changes), root=tmp_path)
 
 

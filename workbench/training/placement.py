@@ -70,8 +70,8 @@ def place_layers(model: nn.Module, config: TrainConfig, world: World, decided: D
     """Move a model to the run's device, or its layers where the config says; what that comes to is written down.
 
     Raises:
-        ConfigError: a pattern that names no layer; layers on two devices that share a weight; a block on two devices that is to be
-            computed again.
+        ConfigError: a pattern that names no layer; layers on two devices that share a weight; a block on two devices, which is to
+            be computed again.
     """
     if not config.mesh.devices:
         model.to(world.device)
