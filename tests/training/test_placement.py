@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from tests import far
 from workbench import TrainConfig, train
 from workbench.distributed import ParallelModel, World
 from workbench.errors import ConfigError, DeviceError, WorkbenchError
-from workbench.placement import layout, place
+from workbench.placement import layout, place, release
 from workbench.training.mesh_config import MeshConfig
 from workbench.training.placement import check_precision, with_others
 
@@ -96,6 +98,19 @@ def test_layers_that_share_a_weight_are_not_parted() -> None:
     assert model.head.weight is model.embedding.weight
     with pytest.raises(ConfigError, match="layers '0' and '2' share a weight"):
         place(nn.Sequential(layer := nn.Linear(2, 2), nn.ReLU(), layer), {"2": meta}, HOME)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_follows_its_own_weights(copied: Callable[[nn.Module], nn.Module]) -> None:
+    meta, x = torch.device("meta"), torch.randn(3, 2)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    place(model, {"1": HOME}, HOME)
+    other = copied(model)
+    assert torch.equal(other(x), model(x))
+    assert other.to(meta)(x).device == meta and model(x).device == HOME
+    release(other)
+    assert not any(module._forward_pre_hooks for module in other.modules())
+    assert all(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("devices", [{"0": "gpu"}, {"0": "cuda"}, {"0": "cuda:-1"}])

@@ -14,7 +14,7 @@ from torch import nn
 from workbench.data.batches import derive_seed
 from workbench.distributed import World
 from workbench.errors import ConfigError
-from workbench.placement import find_device, place, return_output
+from workbench.placement import find_device, place, release, return_output
 from workbench.training.blocks import blocks_of
 from workbench.training.config import TrainConfig
 from workbench.training.decisions import Decisions
@@ -74,6 +74,7 @@ def place_layers(model: nn.Module, config: TrainConfig, world: World, decided: D
             be computed again.
     """
     if not config.mesh.devices:
+        release(model)  # of a run that gave it
         model.to(world.device)
         decided.made.pop(SETTING, None)  # of an attempt on other devices
         return
