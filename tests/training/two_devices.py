@@ -46,6 +46,7 @@ def given(config: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathF
         accumulate=2,
         ema=0.9,
         epochs=2,
+        data__limit=128,
         channels_last=False,  # the second device knows one layout
     )
 
@@ -79,7 +80,7 @@ def test_a_placed_run_is_that_of_one_device(given: TrainConfig, near: Run, asser
 def test_a_checkpoint_opens_on_other_devices(
     first: Any, then: Any, given: TrainConfig, near: Run, assert_same: Any, tmp_path: Path
 ) -> None:
-    run = train(given.override(first), root=tmp_path, replay=[(11, "stop", {})]).run
+    run = train(given.override(first), root=tmp_path, replay=[(5, "stop", {})]).run
     assert run.status == "stopped"
     assert_same(go_on(run, {"devices": then.get("mesh.devices", {})}), near)
 
