@@ -44,6 +44,7 @@ NAMES: dict[tuple[str, str], st.SearchStrategy[Any]] = {
     ("MeshConfig", "replicate"): st.just("all"),
     ("TrainConfig", "penalties"): st.dictionaries(st.sampled_from([*PENALTIES, "my:penalty"]), st.floats(0, 10), max_size=2),
     ("MeshConfig", "plan"): st.sampled_from([*PLANS, "plans.py:mine"]),
+    ("MeshConfig", "devices"): st.dictionaries(TEXT, st.sampled_from(["cpu", "cuda:0", "cuda:12"]), max_size=3),
     ("DistillConfig", "terms"): st.dictionaries(st.sampled_from([*DISTILLATIONS]), st.floats(0, 10), max_size=3),
 }
 

@@ -173,7 +173,7 @@ def _distinct(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor]
     tied: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and key in first:
             tied[name] = first[key]
         else:

@@ -1,4 +1,4 @@
-"""Process groups: who we are, how processes meet and part; norms of tensors that are spread over them.
+"""Process groups: who we are, how processes meet and part; norms of tensors that are spread over them, or over devices.
 
 Without ``torchrun``'s environment a program is rank 0 of 1, and everything here is a no-op.
 """
@@ -6,7 +6,7 @@ Without ``torchrun``'s environment a program is rank 0 of 1, and everything here
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from workbench.errors import ConfigError, DeviceError
+from workbench.placement import ParallelModel as ParallelModel
+from workbench.placement import to_device
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -30,6 +32,13 @@ class World:
     size: int = 1
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
+    others: tuple[torch.device, ...] = ()
+    """Further devices that this process drives, where layers of its model lie."""
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All that this process drives, its own first."""
+        return (self.device, *self.others)
 
     @property
     def main(self) -> bool:
@@ -144,19 +153,46 @@ def whole_norms(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
     """float32 [tensors]: the norm of each, of the whole tensor where a rank holds a part; one collective for all of them.
 
     Args:
-        tensors: at least one, on one device.
+        tensors: at least one; the norms are on the first one's device.
         order: 2 or infinity.
     """
     parts = [local(tensor) for tensor in tensors]
-    nothing = torch.zeros((), device=parts[0].device)
     filled = [part for part in parts if part.numel()]  # a small tensor leaves some ranks without any of it
-    found = iter(torch._foreach_norm(filled, order, dtype=torch.float32) if filled else ())
-    norms = torch.stack([next(found) if part.numel() else nothing for part in parts])
+    found: dict[int, Tensor] = {}
+    for (held,) in by_device(filled):
+        found |= zip(map(id, held), torch._foreach_norm(held, order, dtype=torch.float32), strict=True)
+    nothing = torch.zeros((), device=parts[0].device)
+    norms = stacked([found.get(id(part), nothing) for part in parts])
     if not any(map(_is_spread, tensors)):
         return norms
     if order == 2:
         return sum_over_shards(norms.double().square(), tensors).sqrt().float()
     return sum_over_shards(norms, tensors, largest=True)
+
+
+def stacked(values: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as one, on the first one's device: one copy from each other device."""
+    home = values[0].device
+    if all(value.device == home for value in values):
+        return torch.stack(list(values))
+    places: dict[torch.device, list[int]] = {}
+    for index, value in enumerate(values):
+        places.setdefault(value.device, []).append(index)
+    rows: list[Tensor] = [values[0]] * len(values)
+    for held in places.values():
+        there = to_device(torch.stack([values[index] for index in held]), home)
+        for index, row in zip(held, there.unbind(), strict=True):
+            rows[index] = row
+    return torch.stack(rows)
+
+
+def by_device(first: Sequence[Tensor], *others: Sequence[Tensor]) -> Iterable[tuple[list[Tensor], ...]]:
+    """Tensors in parts that lie on one device each, as one operation on many takes them; ``others`` are parted as the first."""
+    found: dict[torch.device, tuple[list[Tensor], ...]] = {}
+    for row in zip(first, *others, strict=True):
+        for part, tensor in zip(found.setdefault(row[0].device, tuple([] for _ in row)), row, strict=True):
+            part.append(tensor)
+    return found.values()
 
 
 def sum_over_shards(values: Tensor, owners: Sequence[Tensor], *, largest: bool = False) -> Tensor:

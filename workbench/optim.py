@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from workbench.distributed import local, sum_over_columns, whole_norms
+from workbench.distributed import by_device, local, sum_over_columns, whole_norms
 from workbench.optim_config import OPTIMIZERS, ClipConfig, OptimConfig, ScheduleConfig
+from workbench.placement import to_device
 
 AdamW = torch.optim.AdamW
 
@@ -52,7 +53,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
         arguments.setdefault("momentum", config.momentum)
     if config.name == "sgd":
         arguments.setdefault("nesterov", config.momentum > 0)
-    if config.name in ("sgd", "adam", "adamw") and parameters and parameters[0].is_cuda:
+    if config.name in ("sgd", "adam", "adamw") and any(p.is_cuda for p in parameters):
         arguments.setdefault("fused", True)
     optimizer: torch.optim.Optimizer = OPTIMIZERS.create(config.name, groups, **arguments)
     return optimizer
@@ -138,7 +139,7 @@ class AdaptiveGradientClipper:
         self.max_norm, self.mode = max_norm, mode
         self.decay, self.deviations, self.warmup = decay, deviations, warmup
         self.state: Tensor | None = None
-        """float32 [3]: steps seen, running mean, running mean square of the norm; on the gradients' device."""
+        """float32 [3]: steps seen, running mean, running mean square of the norm; on the first gradient's device."""
         self.others: torch.distributed.ProcessGroup | None = None
         """Ranks that hold other parameters of the same model."""
         self._handle: RemovableHandle | None = None
@@ -177,16 +178,18 @@ class AdaptiveGradientClipper:
             torch.distributed.all_reduce(square, group=self.others)
             norm = square.sqrt().to(norm.dtype)
         if scale is not None:
-            norm = norm / scale.to(norm.device)
+            norm = norm / to_device(scale, norm.device)
         factor = (self._threshold(norm) / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
+        for (parts,) in by_device([local(gradient) for gradient in gradients]):
+            torch._foreach_mul_(parts, to_device(factor, parts[0].device))
 
     def _threshold(self, norm: Tensor) -> Tensor:
         if self.mode == "fixed":
             return torch.full_like(norm, self.max_norm)
         if self.state is None:
             self.state = torch.zeros(3, device=norm.device)
-        seen, mean, square = self.state.to(norm.device).unbind()
+        state = to_device(self.state, norm.device)
+        seen, mean, square = state.unbind()
         deviation = (square - mean * mean).clamp(min=0).sqrt()
         ceiling = torch.full_like(norm, self.max_norm)
         threshold = torch.where(seen < self.warmup, ceiling, torch.minimum(mean + self.deviations * deviation, ceiling))
@@ -194,25 +197,26 @@ class AdaptiveGradientClipper:
         weight = torch.maximum(1 / (seen + 1), torch.full_like(seen, 1 - self.decay))
         finite = torch.isfinite(norm)
         updated = torch.stack([seen + 1, mean + weight * (kept - mean), square + weight * (kept * kept - square)])
-        self.state = torch.where(finite, updated, self.state)
+        self.state = torch.where(finite, updated, state)
         return threshold
 
     def _clip_by_unit(self, owners: list[Tensor], gradients: list[Tensor], scale: Tensor | None) -> None:
         for gradient, weight_norm, norm in zip(gradients, _unit_norms(owners), _unit_norms(gradients), strict=True):
             largest = self.max_norm * weight_norm.clamp(min=1e-3)
             if scale is not None:
-                norm = norm / scale.to(norm.device)
+                norm = norm / to_device(scale, norm.device)
             part = local(gradient)
             part.mul_((largest / norm.clamp(min=1e-6)).clamp(max=1.0).to(part.dtype))
 
 
 def _unit_norms(values: list[Tensor]) -> Iterator[Tensor]:
     """L2 norms by output unit (first dimension), shaped to broadcast over this rank's units; of the whole for vectors."""
-    vectors = [value for value in values if value.ndim <= 1]
-    of_vectors = iter(whole_norms(vectors)) if vectors else iter(())
+    of_vectors: dict[int, Tensor] = {}
+    for (vectors,) in by_device([value for value in values if value.ndim <= 1]):
+        of_vectors |= zip(map(id, vectors), whole_norms(vectors), strict=True)
     for value in values:
         if value.ndim <= 1:
-            yield next(of_vectors)
+            yield of_vectors[id(value)]
         else:
             norm = torch.linalg.vector_norm(local(value), dim=tuple(range(1, value.ndim)), keepdim=True, dtype=torch.float32)
             yield sum_over_columns(norm.square(), value).sqrt() if hasattr(value, "device_mesh") else norm

@@ -87,4 +87,4 @@ def _norms(weight: Tensor) -> Tensor:
 def _total(parts: list[Tensor]) -> Tensor:
     import torch
 
-    return torch.stack(parts).sum()
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum()  # layers may lie on several devices

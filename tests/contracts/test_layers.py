@@ -19,6 +19,7 @@ launcher
 journal
 run
 supervisor
+placement
 distributed allocator
 data
 models

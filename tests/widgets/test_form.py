@@ -111,7 +111,12 @@ def test_what_a_control_shows_stands_for_its_value(config: Everything) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [TrainConfig(), PruneConfig(ratios={"stages.*": 0.5}, round_to="auto", ignored=["stem*"]), QuantConfig(mode="dynamic")],
+    [
+        TrainConfig(),
+        TrainConfig(mesh={"devices": {"blocks.?": "cuda:0", "*.head": "cpu"}}),
+        PruneConfig(ratios={"stages.*": 0.5}, round_to="auto", ignored=["stem*"]),
+        QuantConfig(mode="dynamic"),
+    ],
 )
 def test_the_workbench_s_own_configs(config: Config) -> None:
     form = Form(type(config), config)
@@ -144,6 +149,20 @@ def test_typing_makes_a_config(form: Form[TrainConfig]) -> None:
     assert form.value.max_steps is None
 
 
+def test_layers_and_their_devices_are_typed_as_pairs(form: Form[TrainConfig]) -> None:
+    (field,) = (field for field in form._tree.fields() if field.path == "mesh.devices")
+    assert (field.control, field.show({}), field.advanced) == ("yaml", "", True)
+    for text in ("{blocks.6: cuda:1, '*.head': cpu}", "{'blocks.6': 'cuda:1', '*.head': 'cpu'}"):
+        form.type("mesh.devices", text)
+        assert form.value.mesh.devices == {"blocks.6": "cuda:1", "*.head": "cpu"}
+    form.type("mesh.devices", "blocks.6: cuda:1")
+    assert form.value.mesh.devices == {"blocks.6": "cuda:1"}
+    form.value = TrainConfig(mesh={"devices": {"*": "cpu", "blocks.6": "cuda:1"}})
+    assert form._raw["mesh.devices"] == "{'*': cpu, blocks.6: 'cuda:1'}"
+    form.type("mesh.devices", "")
+    assert form.value.mesh.devices == {}
+
+
 @pytest.mark.parametrize(
     ("path", "raw", "says"),
     [
@@ -153,6 +172,8 @@ def test_typing_makes_a_config(form: Form[TrainConfig]) -> None:
         ("model.name", "resnet2O", "Did you mean"),
         ("loss.args", "{a: ", "not valid YAML"),
         ("data.augment", "crop, flop", "no augmentation named 'flop'"),
+        ("mesh.devices", "{blocks.6: gpu}", "'blocks.6' has 'gpu'; a device is cpu, or a kind and a number"),
+        ("mesh.devices", "{*: cpu}", "not valid YAML"),
     ],
 )
 def test_what_is_wrong_stands_beside_its_field(form: Form[TrainConfig], path: str, raw: str, says: str) -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from workbench.distributed import local
+from workbench.placement import to_device
 from workbench.probes.base import ACTIVATIONS, Probe, StepContext, computing_again
 from workbench.probes.config import ProbeConfig
-from workbench.probes.kernels import HEAD, Tally, record
+from workbench.probes.kernels import HEAD, Tallies, record
 
 SAMPLE = {"cpu": 4096, "cuda": 16384}
 """Most elements of a layer's output that its histogram and its units are read from: all units at positions spread over the
@@ -59,9 +60,9 @@ class ActivationProbe(Probe):
             if self.wants(name, module):
                 layers.append((name, module, dim))
         self._names = [name or type(model).__name__ for name, _, _ in layers]
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        devices = list(dict.fromkeys(p.device for p in model.parameters())) or [torch.device("cpu")]
         limits = [limits_of(module) for _, module, _ in layers]
-        self._tally = Tally([dim for _, _, dim in layers], SAMPLE[device.type], ACTIVATIONS, device, limits)
+        self._tallies = Tallies(devices, [dim for _, _, dim in layers], SAMPLE, ACTIVATIONS, limits)
         handles = [module.register_forward_hook(self._hook(row)) for row, (_, module, _) in enumerate(layers)]
 
         def detach() -> None:
@@ -80,18 +81,22 @@ class ActivationProbe(Probe):
             if self.active and not computing_again():
                 value = output if isinstance(output, Tensor) else _first_tensor(output)
                 if value is not None and value.numel() and value.is_floating_point():
+                    value = value.detach()
+                    if value.device not in self._tallies.by_device:  # of a layer without weights, on a device without any
+                        value = to_device(value, self._tallies.home)
+                    tally = self._tallies.by_device[value.device]
                     if torch.compiler.is_compiling():
-                        record(value.detach(), self._tally.partials, self._tally.samples, row, self._tally.dims[row])
+                        record(value, tally.partials, tally.samples, row, tally.dims[row])
                     else:
-                        self._tally.later(row, local(value.detach()))
+                        tally.later(row, local(value))
 
         return hook
 
     @torch.no_grad()
     def read(self, context: StepContext) -> Tensor | None:
-        """float64 [layers, HEAD + bins], as of :meth:`Tally.finish`."""
+        """float64 [layers, HEAD + bins], as :meth:`Tally.finish` gives it."""
         self.active = False
-        return self._tally.finish() if self._names else None
+        return self._tallies.finish() if self._names else None
 
     def table(self, step: int, values: npt.NDArray[Any]) -> dict[str, Any]:
         seen = values[:, 0] > 0  # a layer that the step did not reach has nothing to tell

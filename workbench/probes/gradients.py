@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from workbench.distributed import local, sum_over_shards
+from workbench.placement import to_device
 from workbench.probes.base import GRADIENTS, Probe, StepContext
-from workbench.probes.kernels import HEAD, Tally
+from workbench.probes.kernels import HEAD, Tallies
 
 SAMPLE = 4096
 """Most elements of a parameter that its histogram and its update are read from; of larger ones a sample. A bin that holds a
@@ -45,14 +46,15 @@ class GradientProbe(Probe):
             named = dict(self._model.named_parameters())
             self._parameters = [named[name] for name in self._names]
             if self._parameters:
-                self._tally = Tally([0] * (2 * len(self._names)), SAMPLE, GRADIENTS, local(self._parameters[0]).device)
+                devices = list(dict.fromkeys(local(p).device for p in self._parameters))
+                self._tallies = Tallies(devices, [0] * (2 * len(self._names)), {"cpu": SAMPLE}, GRADIENTS)
         self._present = [index for index, p in enumerate(self._parameters) if p.grad is not None]
-        self._scale = None if context.scale is None else context.scale.double()
+        self._scale = None if context.scale is None else to_device(context.scale.double(), self._tallies.home)
         weights = [self._parameters[index] for index in self._present]
         parts = [local(w.grad) for w in weights if w.grad is not None] + [local(w.detach()) for w in weights]
         rows = self._present + [len(self._names) + index for index in self._present]
         filled = [place for place, part in enumerate(parts) if part.numel()]  # a small tensor leaves some ranks without any of it
-        self._tally.record_all([rows[place] for place in filled], [parts[place] for place in filled]) if filled else None
+        self._tallies.record_all([rows[place] for place in filled], [parts[place] for place in filled]) if filled else None
         return None
 
     @torch.no_grad()
@@ -62,11 +64,11 @@ class GradientProbe(Probe):
             return None
         names, weights = len(self._names), [self._parameters[index] for index in self._present]
         filled = [index for index, w in zip(self._present, weights, strict=True) if local(w).numel()]
-        changes = torch.zeros(names, 2, dtype=torch.float64, device=self._tally.partials.device)
+        changes = torch.zeros(names, 2, dtype=torch.float64, device=self._tallies.home)
         if filled:
-            found = self._tally.change([names + i for i in filled], [local(self._parameters[i].detach()) for i in filled])
+            found = self._tallies.change([names + i for i in filled], [local(self._parameters[i].detach()) for i in filled])
             changes = found if len(filled) == names else changes.index_copy(0, _index(filled, changes), found)
-        found = self._tally.finish()
+        found = self._tallies.finish()
         gradients, squares = found[:names], found[names:, 2:3]
         sums = torch.cat([gradients[:, :5], squares, changes, gradients[:, HEAD:]], dim=1)
         largest = gradients[:, 5:7].abs().amax(1)

@@ -2,6 +2,7 @@
 
 * :class:`Tally` — a row a tensor: exact moments of every element, and a sample of them. Tensors are recorded at once, or several
   by one launch (:meth:`Tally.later`, :meth:`Tally.record_all`); :meth:`Tally.finish` gives what was found and starts anew.
+* :class:`Tallies` — one on each of the devices that a model lies on.
 * :class:`Layout` — which elements make a sample; :class:`Plan` — what stays the same of tensors that are recorded together.
 * :class:`Bins` — histograms of magnitudes by the exponent bits, signed in half octaves or unsigned in octaves.
 * :func:`record` — one opaque operator for compiled models: ``torch.compile`` neither breaks its graph there nor tries to fuse
@@ -11,13 +12,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from workbench.placement import to_device
 
 PROGRAMS = 512
 """Parallel partial results of a row on CUDA, at most; merged by :meth:`Tally.finish`."""
@@ -177,7 +180,7 @@ class Tally:
         """By unit: sampled values since the last one that was not zero, and since the last one that was free."""
         self._reset()
         for tensor in (self.partials, self.samples):  # else graphs that write there would not be captured
-            torch._dynamo.mark_static_address(tensor)  # type: ignore[no-untyped-call]
+            torch._dynamo.mark_static_address(tensor)
         self._waiting: list[tuple[int, Tensor, int]] = []
         self._bytes = 0
         self._known: set[int] = set()
@@ -240,7 +243,7 @@ class Tally:
         for plan, places in plans:
             of = _cuda().change(plan, [values[place] for place in places], self.samples)
             if len(places) == len(rows):
-                return of  # type: ignore[no-any-return]
+                return of
             found[torch.tensor(places, device=found.device)] = of
         for place in apart:
             layout = layout_of(values[place], 0, self.samples.shape[1])
@@ -302,6 +305,59 @@ class Tally:
         self.partials.zero_()
         self.partials[..., 5] = math.inf
         self.partials[..., 6] = -math.inf
+
+
+class Tallies:
+    """A tally on each of the devices that a model's layers lie on; the first is where what was found comes together.
+
+    Args:
+        devices: at least one, each once.
+        dims, sample, bins, limits: as of :class:`Tally`; by the type of the device, the sample.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[torch.device],
+        dims: Sequence[int],
+        sample: Mapping[str, int],
+        bins: Bins,
+        limits: Sequence[tuple[float, float, float]] | None = None,
+    ) -> None:
+        self.home = devices[0]
+        self.by_device = {each: Tally(dims, sample.get(each.type, sample["cpu"]), bins, each, limits) for each in devices}
+
+    def record_all(self, rows: Sequence[int], values: Sequence[Tensor]) -> None:
+        for tally, places in self._divided(values):
+            tally.record_all([rows[place] for place in places], [values[place] for place in places])
+
+    def change(self, rows: Sequence[int], values: Sequence[Tensor]) -> Tensor:
+        """See :meth:`Tally.change`."""
+        parts = [
+            (places, tally.change([rows[place] for place in places], [values[place] for place in places]))
+            for tally, places in self._divided(values)
+        ]
+        if len(parts) == 1:
+            return parts[0][1]
+        found = torch.zeros(len(rows), 2, dtype=torch.float64, device=self.home)
+        for places, part in parts:
+            found[to_device(torch.tensor(places), self.home)] = to_device(part, self.home)
+        return found
+
+    def finish(self) -> Tensor:
+        """See :meth:`Tally.finish`."""
+        found = [to_device(tally.finish(), self.home) for tally in self.by_device.values()]
+        if len(found) == 1:
+            return found[0]
+        parts = torch.stack(found)
+        together = parts.sum(0)  # a row is of one device; the others have nothing in it
+        together[:, 5], together[:, 6] = parts[..., 5].amin(0), parts[..., 6].amax(0)
+        return together
+
+    def _divided(self, values: Sequence[Tensor]) -> list[tuple[Tally, list[int]]]:
+        places: dict[torch.device, list[int]] = {}
+        for place, value in enumerate(values):
+            places.setdefault(value.device, []).append(place)
+        return [(self.by_device[device], found) for device, found in places.items()]
 
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -17,8 +17,9 @@ from workbench.probes.config import ProbeConfig
 class MemoryProbe(Probe):
     """Bytes in use by this rank: the accelerator's allocator, or on a CPU the process.
 
-    ``allocated`` (CPU: resident set), ``reserved`` by the allocator, ``peak`` allocated so far, ``total`` of the device. Read on
-    the host from the allocator's own counters, at no cost to the device.
+    ``allocated`` (CPU: resident set), ``reserved`` by the allocator, ``peak`` allocated so far, ``total`` of the device. Where
+    layers lie on several accelerators, the sums over them. Read on the host from the allocator's own counters, at no cost to the
+    device.
     """
 
     kind = "memory"
@@ -28,19 +29,21 @@ class MemoryProbe(Probe):
         self._peak = 0
 
     def attach(self, model: nn.Module) -> Callable[[], None]:
-        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._devices = list(dict.fromkeys(p.device for p in model.parameters() if p.is_cuda))
         self._process = psutil.Process()
-        if self._device.type == "cuda":
-            self._total = torch.cuda.get_device_properties(self._device).total_memory
+        if self._devices:
+            self._total = sum(torch.cuda.get_device_properties(device).total_memory for device in self._devices)
         else:
             self._total = psutil.virtual_memory().total
         return lambda: None
 
     def read(self, context: StepContext) -> Tensor | None:
         """int64 [4]: allocated, reserved, peak, total."""
-        if self._device.type == "cuda":
-            allocated, reserved = torch.cuda.memory_allocated(self._device), torch.cuda.memory_reserved(self._device)
-            self._peak = torch.cuda.max_memory_allocated(self._device)
+        if self._devices:
+            allocated, reserved, self._peak = (
+                sum(map(count, self._devices))
+                for count in (torch.cuda.memory_allocated, torch.cuda.memory_reserved, torch.cuda.max_memory_allocated)
+            )
         else:
             allocated = reserved = self._process.memory_info().rss
             self._peak = max(self._peak, allocated)

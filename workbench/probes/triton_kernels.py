@@ -26,7 +26,7 @@ SQRT2 = tl.constexpr(0x3504F3)
 _ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _add(value, inside, total, square, seen, low, high):  # type: ignore[no-untyped-def]
     """A block's values to the running sums of each lane; zeros and non-finite elements are counted in one word."""
     wide = value.to(tl.float64)
@@ -109,18 +109,20 @@ def _many(base, offsets, layouts, work, partials, samples, PROGRAMS, SAMPLE, BLO
 def record(flat: Tensor, layout: Layout, partials: Tensor, samples: Tensor) -> None:
     """Add ``flat`` [count] to the partial results [programs, FIELDS] of its row, and put its sample in ``samples``."""
     grid = (min(partials.shape[0], triton.cdiv(layout.count, BLOCK)),)
-    _one[grid](
-        flat, partials, samples, layout.count, layout.units, layout.inner, layout.positions, layout.rows, layout.step,
-        BLOCK=BLOCK, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(flat):  # Triton takes the present device, whatever the tensors are on
+        _one[grid](
+            flat, partials, samples, layout.count, layout.units, layout.inner, layout.positions, layout.rows, layout.step,
+            BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
 
 
 def record_all(plan: Plan, values: Sequence[Tensor], partials: Tensor, samples: Tensor) -> None:
     """The same for several tensors of one type."""
-    _many[(plan.work.shape[0],)](
-        plan.base, plan.offsets(values), plan.layouts, plan.work, partials, samples, partials.shape[1], samples.shape[1],
-        BLOCK=BLOCK, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(partials):
+        _many[(plan.work.shape[0],)](
+            plan.base, plan.offsets(values), plan.layouts, plan.work, partials, samples, partials.shape[1], samples.shape[1],
+            BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
 
 
 # -- what was found -------------------------------------------------------------------------------------------------------
@@ -212,11 +214,12 @@ def finish(partials: Tensor, samples: Tensor, bins: Bins, limits: Tensor, runs: 
     """See :meth:`workbench.probes.kernels.Tally.finish`; partial results are empty afterwards."""
     rows, programs, _ = partials.shape
     out = torch.empty(rows, HEAD.value + bins.count, dtype=torch.float64, device=partials.device)
-    _finish[(rows,)](
-        partials, samples, limits, runs, out, samples.shape[1], COUNT=bins.count, LOW=bins.low, STEPS=bins.steps,
-        HALVES=bins.per_octave == 2, SIGNED=bins.signed, WATCH=len(runs) > 0, PROGRAMS=programs,
-        SPACE=triton.next_power_of_2(bins.count + 1), CHUNK=1024, UNITS=UNITS, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(partials):
+        _finish[(rows,)](
+            partials, samples, limits, runs, out, samples.shape[1], COUNT=bins.count, LOW=bins.low, STEPS=bins.steps,
+            HALVES=bins.per_octave == 2, SIGNED=bins.signed, WATCH=len(runs) > 0, PROGRAMS=programs,
+            SPACE=triton.next_power_of_2(bins.count + 1), CHUNK=1024, UNITS=UNITS, num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -248,5 +251,6 @@ def _change(base, offsets, layouts, samples, out, SAMPLE, BLOCK: tl.constexpr): 
 def change(plan: Plan, values: Sequence[Tensor], samples: Tensor) -> Tensor:
     """float64 [tensors, 2]: squares of what changed since the samples were taken, and of the samples, summed; no units."""
     out = torch.empty(len(values), 2, dtype=torch.float64, device=samples.device)
-    _change[(len(values),)](plan.base, plan.offsets(values), plan.layouts, samples, out, samples.shape[1], BLOCK=1024)
+    with torch.cuda.device_of(samples):
+        _change[(len(values),)](plan.base, plan.offsets(values), plan.layouts, samples, out, samples.shape[1], BLOCK=1024)
     return out

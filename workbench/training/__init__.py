@@ -27,7 +27,8 @@ class TrainResult:
 
     Attributes:
         run: the run folder.
-        model: the trained module, on the device it was trained on, in evaluation mode.
+        model: the trained module, on the device it was trained on, in evaluation mode; with ``mesh.devices`` on all of them, and
+            it computes as it is.
         metrics: of the last evaluation, e.g. ``{"val_loss": 0.08, "accuracy": 0.98}``.
     """
 

@@ -53,7 +53,7 @@ class Advice:
 def advise(trainer: Trainer, error: BaseException) -> Advice | None:
     """Settings that fit where ``trainer`` ran out in a step; it cannot be used afterwards. None where nothing could be tried."""
     arranged = trainer.config.mesh.arranged(trainer.world.size)
-    if arranged["replicate"] < trainer.world.size or not trainer.model.training:
+    if arranged["replicate"] < trainer.world.size or trainer.world.others or not trainer.model.training:
         return None
     try:
         return _Search(trainer, error).advice()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from workbench.distributed import local
+from workbench.distributed import by_device, local
 
 
 class WeightAverage:
@@ -38,10 +38,10 @@ class WeightAverage:
         """Take in the weights after optimizer step ``step``, counted from 1."""
         if not self.state:
             return
-        average, live = _parts(self.state.values()), _parts(self._live.values())
         if step == 1:  # nothing to average yet: what a quantizer's observers begin with is infinite
-            torch._foreach_copy_(average, live)
-        else:
+            _copy(self.state, list(self._live.values()))
+            return
+        for average, live in by_device(_parts(self.state.values()), _parts(self._live.values())):
             torch._foreach_lerp_(average, live, 1 - min(self.decay, (1 + step) / (10 + step)))
 
     @contextmanager
@@ -65,8 +65,8 @@ class WeightAverage:
 
 @torch.no_grad()
 def _copy(target: dict[str, Tensor], source: list[Tensor]) -> None:
-    if target:
-        torch._foreach_copy_(_parts(target.values()), _parts(source))
+    for held, given in by_device(_parts(target.values()), _parts(source)):
+        torch._foreach_copy_(held, given)
 
 
 def _parts(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.utils._pytree import tree_map_only
 
 from workbench.distributed import World, barrier
 from workbench.storage import as_run_error, check_owner, fsync_folder, fsync_tree, write_atomic
@@ -49,6 +50,8 @@ def save(folder: Path, step: int, tensors: dict[str, Any], facts: dict[str, Any]
         RunError: the disk is full.
     """
     final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
+    if world.others:  # the writer waits for its copies from one device only
+        tensors = tree_map_only(Tensor, lambda value: value.cpu() if value.device in world.others else value, tensors)
     if world.main:
         for stale in folder.glob("*.tmp"):  # of a save that was killed
             shutil.rmtree(stale, ignore_errors=True)
@@ -123,7 +126,7 @@ def training_state(
     return {
         "model": _owned(model, owns),
         "optimizer": state,
-        "random": {f"rank-{mesh.world.rank}": random_state(mesh.world.device)},
+        "random": {f"rank-{mesh.world.rank}": random_state(*mesh.world.devices)},
         "extra": extra,
     }
 
@@ -138,7 +141,7 @@ def restore(
 ) -> dict[str, Tensor]:
     """Load a checkpoint into model, optimizer and random generators; all ranks call it.
 
-    Ranks that the checkpoint does not know keep the random states they have.
+    Ranks and devices that the checkpoint does not know keep the random states they have.
 
     Args:
         owns: whether this rank has a tensor of the model, by name.
@@ -157,18 +160,18 @@ def restore(
         "extra": {name: value for name, value in extra.items() if f"extra.{name}" in known},
     }
     mine = f"rank-{world.rank}"
-    if any(key.startswith(f"random.{mine}.") for key in known):
-        state["random"] = {mine: random_state(world.device)}
+    drawn = random_state(*world.devices)
+    if found := {name: value for name, value in drawn.items() if f"random.{mine}.{name}" in known}:
+        state["random"] = {mine: found}
     with _alone_is_fine():
         dcp.load(state, storage_reader=reader, no_dist=world.size == 1)
     whole = all(map(owns, model.state_dict()))
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=whole))
     state["optimizer"]["param_groups"] = _regrouped(state["optimizer"]["param_groups"], own["param_groups"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    if "random" in state:
-        set_random_state(state["random"][mine], world.device)
-    found: dict[str, Tensor] = state["extra"]
-    return found
+    set_random_state({**drawn, **found}, *world.devices)
+    further: dict[str, Tensor] = state["extra"]
+    return further
 
 
 def _owned(model: nn.Module, owns: Callable[[str], bool]) -> dict[str, Any]:
@@ -204,8 +207,8 @@ def _regrouped(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[d
     return [{**settings[group["params"][0]], "params": group["params"]} for group in own]
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """States of every generator that training may draw from, as tensors."""
+def random_state(device: torch.device, *others: torch.device) -> dict[str, Tensor]:
+    """States of every generator that training may draw from, as tensors: ``device`` is the run's, ``others`` have layers too."""
     drawn: Any = np.random.get_state()  # noqa: NPY002 - the global generator is what users draw from
     _, key, position, has_gauss, gauss = drawn
     _, words, gauss_next = random.getstate()
@@ -218,10 +221,10 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+    return state | {str(other): torch.cuda.get_rng_state(other) for other in others if other.type == "cuda"}
 
 
-def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+def set_random_state(state: dict[str, Tensor], device: torch.device, *others: torch.device) -> None:
     """Give the generators the states that :func:`random_state` read."""
     torch.set_rng_state(state["torch"])
     words = state["numpy"].numpy()
@@ -231,3 +234,6 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
     random.setstate((3, tuple(state["python"].tolist()), None if pending != pending else pending))
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
+    for other in others:
+        if other.type == "cuda":
+            torch.cuda.set_rng_state(state[str(other)], other)

@@ -144,7 +144,7 @@ class Distillation(nn.Module):
             else:
                 for mine, its in self._pairs:
                     with _naming(mine, its):
-                        self.layers.append(kind(ours[mine], theirs[its], config))
+                        self.layers.append(kind(ours[mine].to(output.device), theirs[its], config))
                     self._layer_weights.append(config.terms[name])
         self._ours: dict[str, Tensor] = {}
         self._theirs: dict[str, Tensor] = {}
@@ -163,7 +163,7 @@ class Distillation(nn.Module):
             total = total + weight * term(output, taught)
         for index, (term, weight) in enumerate(zip(self.layers, self._layer_weights, strict=True)):
             mine, its = self._pairs[index % len(self._pairs)]
-            total = total + weight * term(self._ours[mine], self._theirs[its])
+            total = total + weight * term(self._ours[mine].to(loss.device), self._theirs[its])
         self._ours.clear()
         self._theirs.clear()
         return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -45,17 +46,32 @@ class MeshConfig(Config):
         "model to {layer: columns | rows | heads}.",
         json_schema_extra=hint(choices="plans", advanced=True),
     )
+    devices: dict[str, str] = Field(
+        {},
+        description="By layer, as a shell pattern of names, the device on which one process computes it: cpu, cuda:0 … E.g. "
+        "{blocks.6: cuda:1}: layers not named go with the one before them, the first ones stay on the run's device; of several "
+        "patterns the last counts. {} for all on the run's device.",
+        json_schema_extra=hint(advanced=True),
+    )
 
     @field_validator("plan")
     @classmethod
     def _plan_is_known(cls, plan: str) -> str:
         return PLANS.check(plan)
 
+    @field_validator("devices")
+    @classmethod
+    def _devices_are_named(cls, devices: dict[str, str]) -> dict[str, str]:
+        for layer, device in devices.items():
+            if not re.fullmatch(r"cpu|[a-z]+:\d+", device):
+                raise ValueError(f"{layer!r} has {device!r}; a device is cpu, or a kind and a number, e.g. cuda:1")
+        return devices
+
     def arranged(self, ranks: int) -> dict[str, int]:
         """Ranks along each dimension, the slowest first: neighbours exchange most.
 
         Raises:
-            ConfigError: the product doesn't give ``ranks``.
+            ConfigError: the product doesn't give ``ranks``; or layers are placed by hand, and ranks would share them.
         """
         wanted = {name: getattr(self, name) for name in ("pipeline", "replicate", "shard", "tensor")}
         fixed = math.prod(size for size in wanted.values() if size != "all")
@@ -68,5 +84,15 @@ class MeshConfig(Config):
             raise ConfigError(
                 f"mesh: {product} takes {math.prod(sizes.values())} ranks, and there are {ranks}.",
                 f"Launch with nproc={math.prod(sizes.values())}, or set one of them to 'all'.",
+            )
+        if self.devices and (divided := [name for name in ("shard", "tensor", "pipeline") if sizes[name] > 1]):
+            raise ConfigError(
+                f"mesh.devices places whole layers, and mesh.{divided[0]}={sizes[divided[0]]} divides them over ranks.",
+                "Take one of the two.",
+            )
+        if ranks > 1 and (taken := [device for device in self.devices.values() if device != "cpu"]):
+            raise ConfigError(
+                f"mesh.devices names {taken[0]!r}, and each of {ranks} ranks has a GPU: they would take one another's.",
+                "Launch with nproc=1: one process drives all devices; or take mesh.pipeline, a rank a stage.",
             )
         return sizes

@@ -43,9 +43,9 @@ class Objective(nn.Module):
         if self.distillation is not None:
             value = self.distillation(x, output, value)
         if self._penalties:
-            with torch.autocast(value.device.type, enabled=False):
+            with torch.autocast(value.device.type, enabled=False), torch.autocast("cpu", enabled=False):
                 for penalty, factor in self._penalties:
-                    value = value + factor * whole(penalty(self.model))
+                    value = value + factor * whole(penalty(self.model)).to(value.device)
         return value
 
     def detach(self) -> None:

@@ -164,8 +164,8 @@ def offload_state(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
                     value.data = torch.empty_like(value.data, device="cpu", pin_memory=True).copy_(value.data, non_blocking=True)
 
     def settle(optimizer: torch.optim.Optimizer) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # what a checkpoint reads has arrived
+        for device in {parameter.device for parameter in optimizer.state if parameter.is_cuda}:
+            torch.cuda.synchronize(device)  # what a checkpoint reads has arrived
 
     handles = [
         optimizer.register_step_pre_hook(fetch),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,12 @@ class Precision:
     Args:
         name: ``fp32``, ``tf32``, ``fp16``, ``bf16`` or ``fp8``. Weights and optimizer state are fp32 in all of them.
         device: of the step.
+        others: that some of its layers lie on.
     """
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str, device: torch.device, *others: torch.device) -> None:
         self.name, self.device = name, device
+        self._kinds = list(dict.fromkeys(each.type for each in (device, *others)))
         self.dtype = AUTOCAST.get(name, torch.float32)
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
@@ -44,7 +46,14 @@ class Precision:
     def autocast(self) -> AbstractContextManager[object]:
         if self.name not in AUTOCAST:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return torch.autocast(self.device.type, dtype=self.dtype) if len(self._kinds) == 1 else self._autocast_on_all()
+
+    @contextmanager
+    def _autocast_on_all(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for kind in self._kinds:
+                stack.enter_context(torch.autocast(kind, dtype=self.dtype))
+            yield
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()

@@ -43,6 +43,7 @@ from workbench.training.fitting import GIB, sample_batch, settle_memory
 from workbench.training.mesh import Mesh
 from workbench.training.objective import Objective
 from workbench.training.padding import settle_padding
+from workbench.training.placement import check_precision, draw_apart, place_layers, with_others
 from workbench.training.precision import Precision, layers_for_fp8, settle_fp8
 from workbench.training.recorder import Recorder, say_failed
 from workbench.training.speed import MEASURED_FROM, measured_compile, measured_fp8, measured_precision
@@ -77,7 +78,8 @@ def execute(run: Run, attempt: int, *, data: Any = None) -> Trainer:
             stack.callback(recorder.close)
             control = Control(run.path, world, _replay(run.path))
             stack.callback(control.close)
-            with _flags(config), _interruptible(control):
+            world = with_others(world, config)
+            with _flags(config, world), _interruptible(control):
                 trainer = _build(config, run, recorder, control, world, data)
                 stack.callback(trainer.batches.close)
                 stack.callback(trainer.precision.release)
@@ -123,15 +125,16 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     decided = decisions.Decisions(run.resolved)
     open_questions = {name for name in ("precision", "compile") if getattr(config, name) == "auto" and name not in decided.made}
     splits = load_splits(config.data, data, root=run.path)
-    precision = Precision(decisions.decide_precision(config, world.device, decided), world.device)
+    precision = Precision(decisions.decide_precision(config, world.device, decided), *world.devices)
     torch.manual_seed(derive_seed(config.seed))
     model = build_model(fit_to_data(config, splits), root=run.path)
     images = len(splits.sample_shape) == 3
     mesh = Mesh(config.mesh.arranged(world.size), world)
     _check_mesh(config, mesh, precision)
+    check_precision(precision.name, world)
     channels_last = config.channels_last and images and mesh.plain  # parts are rows of contiguous weights
     splits = settle_padding(config.data, model, splits, world.device, precision.dtype, decided)
-    model.to(world.device)
+    place_layers(model, config, world, decided)
     if channels_last:
         model.to(memory_format=torch.channels_last)
     shares = first_shares(config, mesh.sizes, world, config.compile, decided)
@@ -141,7 +144,7 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     batches = Batches(splits, config.data.override({"placement": placement}), shard, target, config.seed)
     total_steps = min(config.epochs * batches.steps_per_epoch, config.max_steps or 10**12)
     _check_model(model, batches, config, precision)
-    measurable = mesh.plain and total_steps >= MEASURED_FROM and config.distill is None
+    measurable = mesh.plain and not world.others and total_steps >= MEASURED_FROM and config.distill is None
     choice = None
     may_be_fp8 = "precision" in open_questions and measurable and fp8.lacking(world.device) is None
     if precision.name == "fp8" or may_be_fp8:
@@ -172,7 +175,7 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
         probes[name] = (PROBES.create(find_source(name, run.path), wanted), every)
     probe_set = ProbeSet(probes, recorder.reading)
     probe_set.attach(model, stage.computes if stage is not None else None)
-    captured = mesh.plain and config.balance.shares != "speed"
+    captured = mesh.plain and not world.others and config.balance.shares != "speed"
     compile_mode = decisions.decide_compile(config, world.device, total_steps, decided, captured=captured)
     objective = Objective(
         model, make_loss(config.loss), config.penalties, _distillation(config, model, batches, precision, run.path)
@@ -203,6 +206,7 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     trainer = Trainer(config, objective, batches, precision, compile_mode, probe_set, recorder, control, mesh, balance, stage)
 
     torch.manual_seed(derive_seed(config.seed, mesh.copy))
+    draw_apart(world, config.seed, mesh.copy)
     if run.checkpoints:
         trainer.restore(run.checkpoints[-1])
     if world.main:
@@ -290,7 +294,9 @@ def _check_model(model: nn.Module, batches: Batches, config: TrainConfig, precis
         shape = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
         raise ModelError(
             f"The model {config.model.name!r} fails on an input of shape {shape}: {error}",
-            "Set model.in_channels or model.args to fit the data.",
+            "Set mesh.devices so that layers whose outputs are added or joined lie on one device."
+            if config.mesh.devices and "same device" in str(error)
+            else "Set model.in_channels or model.args to fit the data.",
         ) from error
     finally:
         model.train()
@@ -358,10 +364,9 @@ def in_words(error: BaseException, config: TrainConfig, advice: Advice | None = 
 
 
 @contextmanager
-def _flags(config: TrainConfig) -> Iterator[None]:
+def _flags(config: TrainConfig, world: World) -> Iterator[None]:
     """Process-wide switches and random generators, given back as they were: a notebook's kernel is not ours."""
-    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
-    generators = random_state(device)
+    generators = random_state(*world.devices)
     benchmark, deterministic = torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
@@ -372,7 +377,7 @@ def _flags(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        set_random_state(generators, device)
+        set_random_state(generators, *world.devices)
         torch.backends.cudnn.benchmark = benchmark
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
