@@ -89,7 +89,7 @@ class Stats:
 class PlotlyLoader(anywidget.AnyWidget):
     """Gives plotly.js to pages that lack it, compressed; one of it in a kernel (:func:`plotly_loader`)."""
 
-    _esm = HERE / "plotly_loader.js"
+    _esm = module("plotly_source.js", "plotly_loader.js")
     GRACE = 1.0
 
     def __init__(self) -> None:
@@ -113,8 +113,8 @@ class PlotlyLoader(anywidget.AnyWidget):
             self._give()
 
     def _give(self) -> None:
-        self.sent += len(_compressed_plotly())
-        self.send({}, [_compressed_plotly()])
+        self.sent += len(compressed_plotly())
+        self.send({}, [compressed_plotly()])
 
 
 _plotly: list[bytes] = []
@@ -122,7 +122,8 @@ _loader: list[PlotlyLoader] = []
 _loading = threading.Lock()
 
 
-def _compressed_plotly() -> bytes:
+def compressed_plotly() -> bytes:
+    """plotly.js, gzipped: a million and a half bytes."""
     from plotly.offline import get_plotlyjs
 
     with _loading:

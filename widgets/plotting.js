@@ -2,6 +2,7 @@
 // Painter: draws what changed, at most four times a second, when it is visible, again when the theme changes.
 
 const FRAME_MS = 250;
+const BUDGET_MS = 50; // of a redraw, after which the plots that are left wait for the next
 
 function plotlyReady() {
   const key = "workbenchPlotly";
@@ -20,6 +21,8 @@ class Store {
     this.grids = new Map();
     this.facts = new Map();
     this.levelsOf = new Map();
+    this.histories = new Map();
+    this.beside = null; // the store of a second run
     this.sequence = null;
     this.listeners = new Set();
   }
@@ -27,7 +30,10 @@ class Store {
   // Returns false when a message is missing; the caller then asks for the whole.
   receive(content, buffers) {
     if (!content.whole && content.sequence !== this.sequence + 1) return false;
-    if (content.whole) for (const map of [this.lines, this.grids, this.facts, this.levelsOf]) map.clear();
+    if (content.whole) {
+      for (const map of [this.lines, this.grids, this.facts, this.levelsOf, this.histories]) map.clear();
+      this.beside = null;
+    }
     this.sequence = content.sequence;
     const view = buffers?.[0];
     const bytes = view ? view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength) : new ArrayBuffer(0);
@@ -35,7 +41,8 @@ class Store {
     const changed = new Set();
     let offset = 0;
     for (const operation of content.operations) {
-      offset += this[operation.op](operation, values.subarray(offset));
+      const store = operation.run ? (this.beside ??= new Store()) : this;
+      offset += store[operation.op](operation, values.subarray(offset));
       changed.add(operation.name);
     }
     for (const listener of this.listeners) listener(changed, content.whole);
@@ -81,12 +88,19 @@ class Store {
   }
 
   levels({ name, rows, bins, step, at, of, stats }, values) {
-    const packed = values.subarray(3 * stats);
-    const size = rows * bins;
-    const bytes = new Uint8Array(packed.buffer, packed.byteOffset, size);
-    const held = stats ? values.slice(0, 3 * stats) : null;
-    this.levelsOf.set(name, { rows, bins, step, at, of, bytes, stats: held });
-    return 3 * stats + Math.ceil(size / 4);
+    const bytes = bytesOf(values.subarray(stats), rows * bins);
+    this.levelsOf.set(name, { rows, bins, step, at, of, bytes, stats: stats ? values.slice(0, stats) : null });
+    return stats + Math.ceil((rows * bins) / 4);
+  }
+
+  // Distributions of all rows at all steps, as in exported pages: level² × fullest is a count.
+  history({ name, n, rows, bins, stats }, values) {
+    const parts = [n, n * rows, n * rows * stats];
+    const starts = [0, parts[0], parts[0] + parts[1], parts[0] + parts[1] + parts[2]];
+    const [x, fullest, told] = parts.map((size, i) => values.subarray(starts[i], starts[i] + size));
+    const bytes = bytesOf(values.subarray(starts[3]), n * rows * bins);
+    this.histories.set(name, { rows, bins, stats, x, fullest, told, bytes });
+    return starts[3] + Math.ceil((n * rows * bins) / 4);
   }
 
   fact({ name, value }) {
@@ -95,9 +109,13 @@ class Store {
   }
 
   forget({ name }) {
-    for (const map of [this.lines, this.grids, this.facts, this.levelsOf]) map.delete(name);
+    for (const map of [this.lines, this.grids, this.facts, this.levelsOf, this.histories]) map.delete(name);
     return 0;
   }
+}
+
+function bytesOf(floats, size) {
+  return new Uint8Array(floats.buffer, floats.byteOffset, size);
 }
 
 // A message to the kernel; after a restart an old view has nobody to tell.
@@ -208,10 +226,11 @@ function compact(value) {
 
 // One plot or several: `draw(name)` draws one; painter.touch(name) asks for it.
 class Painter {
-  constructor(el, draw, { signal, report }) {
+  constructor(el, draw, { signal, report, inSight }) {
     this.el = el;
     this.draw = draw;
     this.report = report;
+    this.inSight = inSight ?? (() => true); // of a name: what is out of sight waits
     this.dirty = new Set();
     this.all = new Set();
     this.times = [];
@@ -220,9 +239,13 @@ class Painter {
     this.timer = null;
     this.visible = true;
     this.busy = false;
-    const watch = new MutationObserver(() => this.touch(...this.all));
+    const again = () => {
+      this.whole = true;
+      this.touch(...this.all);
+    };
+    const watch = new MutationObserver(again);
     watch.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-jp-theme-name"] });
-    const resize = new ResizeObserver(() => this.touch(...this.all));
+    const resize = new ResizeObserver(again);
     resize.observe(el);
     const sight = new IntersectionObserver(([entry]) => {
       this.visible = entry.isIntersecting;
@@ -248,10 +271,14 @@ class Painter {
   }
 
   schedule() {
-    if (this.timer !== null || this.busy || !this.dirty.size || !this.visible || this.gone) return;
+    if (this.timer !== null || this.busy || !this.visible || this.gone || !this.due().length) return;
     // A slow page draws less often: at most a third of its time goes into drawing.
-    const wait = Math.max(0, this.last + Math.max(FRAME_MS, 3 * this.cost) - performance.now());
+    const wait = Math.max(0, this.last + Math.max(FRAME_MS, this.whole ? 0 : 3 * this.cost) - performance.now());
     this.timer = setTimeout(() => requestAnimationFrame(() => this.paint()), wait);
+  }
+
+  due() {
+    return [...this.dirty].filter((name) => this.inSight(name));
   }
 
   async paint() {
@@ -259,12 +286,16 @@ class Painter {
     if (this.gone || !this.el.isConnected || this.el.clientWidth === 0) return;
     this.busy = true;
     await plotlyReady();
-    const names = [...this.dirty];
-    this.dirty.clear();
+    const names = this.due();
     const began = performance.now();
     this.last = began;
     try {
-      for (const name of names) await this.draw(name);
+      for (const name of names) {
+        this.dirty.delete(name); // what changes meanwhile is drawn again, after those that still wait
+        await this.draw(name);
+        if (performance.now() - began > BUDGET_MS && !this.whole) break;
+      }
+      this.whole = false; // a new theme or width is drawn at once
     } catch (error) {
       console.error("[workbench]", error);
     }

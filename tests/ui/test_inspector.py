@@ -1,10 +1,12 @@
-"""The Inspector in a real JupyterLab: live, chosen layers, themes, reload, second window, busy kernel, narrow window.
+"""The Inspector in a real JupyterLab: live, chosen layers and steps, two runs, themes, reload, second window, busy kernel,
+narrow window; and as a file, without network.
 
 Runs are simulated by this process; the kernel only reads their folders. Times are printed and asserted only generously.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -21,6 +23,14 @@ CARD = ".wi-card[data-card={}]"
 COLUMNS = """(card) => {
     const trace = document.querySelector(`.wi-card[data-card=${card}] .js-plotly-plot`)?.data?.[0];
     return (trace?.z?.[0] ?? trace?.x)?.length ?? 0 }"""
+
+
+TOP_OF_SCALE = "() => document.querySelector('.wi-card[data-card=gradients] .js-plotly-plot').data[0].zmax"
+DASHED = """() => document.querySelector('.wi-card[data-card=loss] .js-plotly-plot').data
+    .filter((trace) => trace.line?.dash === 'dash').length"""
+STEP_OF_MARK = """(mark) => {
+    const { _fullLayout } = mark.closest('.wi-frame').querySelector('.js-plotly-plot');
+    return _fullLayout.xaxis.p2l(new DOMMatrix(getComputedStyle(mark).transform).e - _fullLayout.xaxis._offset) }"""
 
 
 def wait_until(condition: Any, timeout: float = 30) -> float:
@@ -85,6 +95,7 @@ def test_live_from_the_first_step_to_the_last(lab: Any, simulation: Any) -> None
     norms = eval(book.result("__import__('numpy').log10(inspector.recording.gradients.values[:, 0]).tolist()"))
     assert top == pytest.approx(norms, rel=1e-4)
 
+    into_view(book, CARD.format("communication"))  # cards out of sight wait
     wait_until(lambda: shown(book.page, "communication") == 80)
     times = book.page.locator(CARD.format("communication"))
     assert "Exposed communication" in times.inner_text() and "NVLink, 18 links, 309 GB/s" in times.inner_text()
@@ -93,6 +104,7 @@ def test_live_from_the_first_step_to_the_last(lab: Any, simulation: Any) -> None
     book.page.locator(".wi-detail:visible").wait_for()
     chosen = book.page.locator(".wi-detail > header h3").inner_text()
     assert chosen in simulated.parameters
+    into_view(book, ".wi-detail")
     wait_until(lambda: shown(book.page, "norm") == 80 and shown(book.page, "values") > 0)
     into_view(book)
     book.screenshot("inspector-light")
@@ -106,9 +118,18 @@ def test_live_from_the_first_step_to_the_last(lab: Any, simulation: Any) -> None
 
     book.page.get_by_label("Rank").select_option("1")
     wait_until(lambda: book.result("inspector.recording.rank") == "1")
-    slider = book.page.get_by_label("Reading to show")
-    slider.evaluate("(s) => { s.value = 0; s.dispatchEvent(new Event('input')) }")
-    book.page.locator(".wi-slider output", has_text="step 5").wait_for()
+    slider = book.page.get_by_label("Step to show")
+    slider.press("Home")
+    book.page.locator(CARD.format("activations"), has_text="at step 5").wait_for()
+    slider.press("ArrowRight")
+    slider.press("ArrowRight")
+    book.page.locator(CARD.format("activations"), has_text="at step 15").wait_for()
+    book.page.locator(".wi-time output", has_text="step 15").wait_for()
+    into_view(book, CARD.format("memory"))
+    value = book.page.locator(f"{CARD.format('memory')} .wi-mark.cursor").evaluate(STEP_OF_MARK)
+    assert value == pytest.approx(15, abs=0.5), "every card's cursor stands at the step"
+    slider.press("Escape")
+    book.page.locator(CARD.format("activations"), has_text="at step 400").wait_for()
 
     simulated.until(700).finish()
     book.page.locator(".wi-head .chip.finished").wait_for()
@@ -147,7 +168,7 @@ def test_a_busy_kernel_still_shows_and_answers(lab: Any, simulation: Any) -> Non
     wait_until(lambda: shown(book.page) == 20, timeout=18)
     simulated.until(150)
     wait_until(lambda: shown(book.page) == 30, timeout=15)
-    book.page.locator(".wi-pick").first.select_option("conv1.weight")
+    book.page.get_by_label("Layer whose gradients").select_option("conv1.weight")
     book.page.locator(".wi-detail:visible").wait_for(timeout=12_000)
     prompts = book.page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()
     assert prompts[1] == "[*]:", "the cell ended too early to tell"
@@ -156,31 +177,32 @@ def test_a_busy_kernel_still_shows_and_answers(lab: Any, simulation: Any) -> Non
 
 def test_plotly_travels_once_for_many_plots(lab: Any, simulation: Any) -> None:
     simulated = simulation(blocks=(1,)).until(50)
-    more = "from widgets import LivePlot\nfrom widgets.live_plot import plotly_loader, _compressed_plotly\n"
+    more = "from widgets import LivePlot\nfrom widgets.live_plot import plotly_loader, compressed_plotly\n"
     more += "plot = LivePlot({'loss': {}})\nplot.append('loss', range(100), range(100))\nplot"
     book = lab.open(notebook(lab, simulated, f"second = Inspector({simulated.folder.name!r})\nsecond", more))
     book.run_all()
     for place in (".wb-inspector >> nth=0", ".wb-inspector >> nth=1", ".wb-live"):
         book.page.locator(place).scroll_into_view_if_needed()  # what is out of sight is not drawn
         book.page.locator(f"{place} >> .js-plotly-plot >> nth=0").wait_for()
-    assert book.result("plotly_loader().sent == len(_compressed_plotly())") == "True"
+    assert book.result("plotly_loader().sent == len(compressed_plotly())") == "True"
     book.run_all()
     wait_until(lambda: book.page.locator(".js-plotly-plot").count() >= 1)
-    assert book.result("plotly_loader().sent == len(_compressed_plotly())") == "True"
+    assert book.result("plotly_loader().sent == len(compressed_plotly())") == "True"
     assert not book.errors
 
 
 def test_names_are_text_and_a_narrow_window_holds_everything(lab: Any, simulation: Any) -> None:
-    simulated = simulation(fault="vanishing", blocks=(2, 2))
+    simulated = simulation(fault="vanishing", blocks=(2, 2), rich=True)
     simulated.parameters[1] = "<img src=x onerror=window.pwned=1>.weight"
     simulated.until(300)
+    Simulation(lab.runs / "another", blocks=(2, 1)).until(200).finish()
     book = lab.open(notebook(lab, simulated), width=800)
     book.run_all()
     wait_until(lambda: shown(book.page) == 60)
     book.page.get_by_text("Gradients vanish").wait_for()
     book.page.get_by_role("button", name="show the layer").first.click()
     book.page.locator(".wi-detail:visible").wait_for()
-    book.page.locator(".wi-pick").first.select_option(simulated.parameters[1])
+    book.page.get_by_label("Layer whose gradients").select_option(simulated.parameters[1])
     book.page.locator(".wi-detail > header h3", has_text="<img").wait_for()
     assert book.page.evaluate("() => window.pwned === undefined && !document.querySelector('.wb-inspector img')")
     into_view(book)
@@ -188,4 +210,54 @@ def test_names_are_text_and_a_narrow_window_holds_everything(lab: Any, simulatio
     spilt = """() => [...document.querySelectorAll('.wb-inspector, .wb-inspector section, .wb-inspector header')]
         .filter((e) => e.clientWidth && e.scrollWidth > e.clientWidth + 1).map((e) => e.className || e.tagName)"""
     assert book.page.evaluate(spilt) == []
+
+    book.page.get_by_label("Quantity of the gradients").select_option("underflow")
+    wait_until(lambda: book.page.evaluate(TOP_OF_SCALE) <= 1)  # a share, no longer a power of ten
+    book.page.get_by_label("Run to compare with").select_option("another")
+    book.page.get_by_text("the same settings").wait_for()
+    wait_until(lambda: book.page.evaluate(DASHED) == 3)  # the other's loss, held-out loss and accuracy
+    book.page.get_by_label("Quantity of the gradients").select_option("norm")
+    book.page.get_by_role("button", name="ratio").click()
+    wait_until(lambda: book.page.evaluate(TOP_OF_SCALE) > 5)  # decades, of gradients that vanish in one run only
+    rows = book.page.evaluate(
+        "() => document.querySelector('.wi-card[data-card=gradients] .js-plotly-plot').data[0].z.map((r) => [...r])"
+    )
+    known = [math.isfinite(row[10]) for row in rows]
+    names = ["conv1.weight" in name or "layer" in name or "fc" in name or "bn1" in name for name in simulated.parameters]
+    assert sum(known) < sum(names) and not known[1], "layers that the other run lacks are blank"
+    into_view(book)
+    book.screenshot("inspector-compared")
+    with book.page.expect_download() as saved:
+        book.page.get_by_role("button", name="Export").click()
+    assert saved.value.suggested_filename == f"{simulated.folder.name}.html"
     assert not book.errors
+    the_file_works_without_network(book.page.context.browser, Path(saved.value.path()), lab.home / "exported.html")
+
+
+def the_file_works_without_network(browser: Any, saved: Path, path: Path) -> None:
+    """Over file://, without network: it draws, is scrubbed, and shows a layer, and complains of nothing."""
+    path.write_bytes(saved.read_bytes())
+    assert path.stat().st_size < 6_000_000
+    context = browser.new_context(offline=True, viewport={"width": 1100, "height": 1600}, color_scheme="dark")
+    page = context.new_page()
+    complaints: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(path.as_uri())
+    wait_until(lambda: shown(page) == 60 and shown(page, "loss") == 300)
+    page.locator(".wi-beside", has_text="another").wait_for()
+    assert page.evaluate("() => document.body.dataset.jpThemeLight") == "false"
+    page.get_by_label("Step to show").press("Home")
+    page.locator(CARD.format("activations"), has_text="at step 5").wait_for()
+    page.locator(".wi-rows button[title='conv1.weight']").click()
+    wait_until(lambda: shown(page, "norm") == 60 and shown(page, "values") == 60)
+    page.get_by_role("button", name="ridges").click()
+    wait_until(
+        lambda: page.evaluate("() => document.querySelector('.wi-card[data-card=values] .js-plotly-plot').data.length") == 24
+    )
+    assert page.evaluate("() => window.pwned === undefined && !document.querySelector('img')")
+    assert not complaints
+    assert [url for url in asked if not url.startswith(("file:", "blob:"))] == []
+    context.close()

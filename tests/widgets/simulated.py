@@ -41,6 +41,8 @@ class Simulation:
         every: steps between readings.
         ranks: processes.
         fault: None, "vanishing", "exploding", "dead", "nan" or "slow".
+        rich: with the columns that a probe may also tell: of gradients update_ratio, zeros and histogram, of activations dead
+            and saturated, with the sampling's error and the reading's overhead.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class Simulation:
         ranks: int = 1,
         fault: str | None = None,
         blocks: tuple[int, ...] = (3, 3, 3),
+        rich: bool = False,
     ) -> None:
+        self.rich = rich
         self.folder, self.total, self.every, self.ranks, self.fault = folder, total, every, ranks, fault
         self.at, self.attempt = 0, 0
         self.parameters, self.modules = resnet_names(blocks)
@@ -110,13 +114,23 @@ class Simulation:
             if self.fault == "nan" and self.at > 200:
                 norm, nonfinite = np.full(len(names), np.nan), nonfinite + 7
             columns = {"step": [self.at] * len(names), "layer": names, "norm": norm, "max": norm / 10, "nonfinite": nonfinite}
-            writer.write("gradients", pa.table({**columns, "weight_norm": np.full(len(names), 3.0)}), self.at)
+            more = self._more(norm) if self.rich else {}
+            writer.write("gradients", pa.table({**columns, "weight_norm": np.full(len(names), 3.0), **more}), self.at)
             writer.write("activations", self._activations(), self.at)
             used = 3.1e8 + 2e7 * math.sin(self.at / 80) + 1e6 * min(self.at, 120) + rank * 3e7
             self._peak[rank] = max(self._peak[rank], used)
             fields = {"allocated": int(used), "reserved": int(used * 1.2), "peak": int(self._peak[rank]), "total": 17_179_869_184}
             writer.write("memory", pa.table({"step": [self.at], **{k: [v] for k, v in fields.items()}}), self.at)
             writer.write("communication", pa.table(self._times(rank)), self.at)
+
+    def _more(self, norm: np.ndarray) -> dict[str, object]:
+        """Gradients of 1,000 elements, a tenth of them 0, the others log-normal about 1/30 of the norm; by octaves."""
+        octaves = np.log2(norm / 30)[:, None] + 3 * self.random.standard_normal((len(norm), 900))
+        place = np.clip(np.floor(octaves) + 49, 0, 65).astype(int)
+        counts = np.stack([np.bincount(row, minlength=66) for row in place])
+        counts[:, 0] += 100
+        more: dict[str, object] = {"update_ratio": 1e-3 * norm / norm.max(), "zeros": np.full(len(norm), 0.1)}
+        return more | {"histogram": pa.array(list(counts.astype(np.int32)))}
 
     def _times(self, rank: int) -> dict[str, list[object]]:
         """Of a step of 24 ms; the last rank takes longest over its own work, with ``slow`` by half."""
@@ -129,7 +143,7 @@ class Simulation:
         return {"step": [self.at], **{name: [value] for name, value in (seconds | known).items()}}
 
     def _activations(self) -> pa.Table:
-        from widgets.inspector.recording import edges
+        from widgets.inspector.histograms import edges
 
         inner = np.array(edges(BINS))
         inner[0], inner[-1] = -np.inf, np.inf
@@ -143,6 +157,9 @@ class Simulation:
             facts = {"step": self.at, "layer": name, "count": 40_960, "mean": values.mean(), "std": values.std()}
             facts |= {"min": values.min(), "max": values.max(), "zeros": float((values == 0).mean()), "nonfinite": 0}
             facts["histogram"] = np.histogram(values, bins=inner)[0].astype(np.int32)
+            if self.rich:
+                dead = float(self.fault == "dead" and not values.any())
+                facts |= {"dead": dead, "saturated": 0.02, "error": 0.008, "overhead": 0.012}
             for key, value in facts.items():
                 rows.setdefault(key, []).append(value)
         return pa.table(rows)

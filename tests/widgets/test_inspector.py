@@ -20,7 +20,8 @@ from simulated import BINS, SAMPLE, Simulation
 
 from widgets.frames import Columns, Frame, Line
 from widgets.inspector import Inspector
-from widgets.inspector.recording import Join, Recording, edges, shown_bins
+from widgets.inspector.histograms import edges, shown_bins
+from widgets.inspector.recording import Join, Recording
 from widgets.live_plot import LivePlot, is_static
 from workbench import diagnosis, events
 from workbench.errors import ConfigError, RunError
@@ -59,7 +60,7 @@ class Page:
             elif o["op"] == "fact":
                 self.facts[name] = o["value"]
             elif o["op"] == "levels":
-                values = values[3 * o["stats"] + -(-o["rows"] * o["bins"] // 4) :]
+                values = values[o["stats"] + -(-o["rows"] * o["bins"] // 4) :]
         assert not len(values), "values left over"
         return len(frame.buffer)
 
@@ -280,7 +281,7 @@ class TestInspector:
 
     def test_figures_for_code(self, folder: Path) -> None:
         figures = Inspector(folder).figures()
-        assert set(figures) == {"loss", "gradients", "activations", "memory", "communication"}
+        assert set(figures) == {"loss", "gradients", "gradients:max", "activations", "memory", "throughput", "communication"}
         assert len(figures["gradients"].data[0].y) == 29 and len(figures["gradients"].data[0].x) == 80
 
     def test_nothing_recorded_yet(self, tmp_path: Path) -> None:
@@ -311,8 +312,8 @@ class TestInspector:
         for name in ("one", "two"):
             Simulation(tmp_path / name, blocks=(1,)).until(20)
         inspector = Inspector(tmp_path / "one")
-        first = inspector._follower
-        assert first is not None
+        assert inspector._followers is not None
+        (first,) = inspector._followers.values()
         inspector.open(tmp_path / "two")
         until(lambda: not first.alive)
         assert inspector.run is not None and inspector.run.id == "two" and inspector.following
@@ -329,7 +330,7 @@ class TestInspector:
 
         assert inspector.recording is not None
         ask("layer", "conv1.weight")
-        ask("time", 3)
+        ask("time", 24)
         assert inspector.recording.layer == "conv1.weight" and inspector.recording.distributions().step == 20
         ask("layer", "not a layer")
         ask("time", None)

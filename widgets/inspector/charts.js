@@ -1,128 +1,97 @@
-// The Inspector's drawings: each method of View named after a card draws it from the store.
+// The Inspector's line charts: each method of View named after a card draws it from the store; those of the other run dashed.
 
-const HEAT = { type: "heatmap", colorscale: SCALE, showscale: false, hoverinfo: "none", zsmooth: false, hoverongaps: false };
-const POINTER = { hovermode: "closest", uirevision: "kept" };
+const MARGIN = { l: 52, r: 12, t: 8, b: 34 };
+
+// Plots of lines share their margins, so that steps stand under steps.
+function lineLayout(colours, { yaxis, ...rest }) {
+  const axis = { nticks: 6, automargin: false, ...yaxis };
+  const xaxis = { title: { text: "step" }, automargin: false };
+  return layoutOf(colours, { hovermode: "x unified", uirevision: "kept", margin: { ...MARGIN }, ...rest, xaxis, yaxis: axis });
+}
+
+const lineOf = (held, name, colour, own = {}) => ({ type: "scatter", mode: "lines", x: held.x, y: held.y, name: plain(name), line: { color: colour, width: 1.75 }, ...own });
+
+// A range that shows what training does: that of the loss, and of held-out values within three times of it. What lies outside is
+// drawn as a triangle at the edge, its value on hover.
+function lossRange(loss, held) {
+  const known = loss.filter((v) => v !== null);
+  if (!known.length) return null;
+  const sorted = [...known].sort((a, b) => a - b);
+  const many = sorted.length > 200;
+  let low = sorted[many ? Math.floor(0.002 * sorted.length) : 0];
+  let high = sorted[many ? Math.ceil(0.998 * sorted.length) - 1 : sorted.length - 1];
+  const reach = high + 2 * Math.max(high - low, 0.05 * Math.abs(high));
+  for (const v of held) {
+    if (v === null || v > reach) continue;
+    low = Math.min(low, v);
+    high = Math.max(high, v);
+  }
+  const room = 0.06 * (high - low) || 0.1 * Math.abs(high) || 1;
+  return [low >= 0 ? Math.max(0, low - room) : low - room, high + room];
+}
 
 Object.assign(View.prototype, {
   async loss(colours) {
     const { store } = this;
     const card = this.cards.loss;
-    const metrics = store.facts.get("metrics") ?? [];
+    const { ink } = colours;
     const loss = store.lines.get("loss");
     if (!loss?.x.length) return card.wait();
-    const ink = colours.ink;
     const data = [];
     const entries = [];
-    const line = { x: loss.x, type: "scatter", mode: "lines", name: "loss" };
-    const enough = loss.y.length > 20;
-    const weight = 1 - 1 / Math.min(8, Math.max(2, loss.y.length / 40)); // an average over a fortieth of the run hardly lags
-    const smooth = enough ? smoothed(loss.y, weight) : loss.y;
-    data.push({ ...line, y: loss.y, line: { color: enough ? faded(ink[0], 0.28) : ink[0], width: enough ? 1 : 1.75 }, hoverinfo: enough ? "skip" : "all" });
-    if (enough) data.push({ ...line, y: smooth, line: { color: ink[0], width: 2 } });
-    const latest = loss.y.at(-1) === null ? "not finite" : compact(lastOf({ y: smooth }));
-    entries.push({ colour: ink[0], label: "loss", value: latest });
     const right = [];
-    metrics.forEach((metric, i) => {
-      const held = store.lines.get(`metric:${metric}`);
-      if (!held) return;
-      const isLoss = metric.includes("loss");
-      if (!isLoss) right.push(...held.y);
-      const colour = ink[(i + 1) % ink.length];
-      const label = ["loss", "val_loss"].includes(metric) ? "held-out loss" : metric;
-      const mode = held.x.length > 60 ? "lines" : "lines+markers";
-      data.push({ type: "scatter", mode, x: held.x, y: held.y, name: plain(label), yaxis: isLoss ? "y" : "y2", line: { color: colour, width: 1.5 }, marker: { color: colour, size: 6 } });
-      entries.push({ colour, label, value: compact(lastOf(held)) });
-    });
-    card.aside.replaceChildren(legendOf(entries));
-    const layout = layoutOf(colours, { hovermode: "x unified", uirevision: "kept", yaxis: { nticks: 6, rangemode: "normal" }, xaxis: { title: { text: "step" } } });
+    const inLoss = [];
+    const all = [];
+    const draw = (from, other) => {
+      const dash = other ? "dash" : "solid";
+      const suffix = other ? " (other)" : "";
+      const own = from.lines.get("loss");
+      if (!own?.x.length) return;
+      const enough = own.y.length > 20;
+      const weight = 1 - 1 / Math.min(8, Math.max(2, own.y.length / 40)); // an average over a fortieth of the run hardly lags
+      const line = { x: own.x, y: enough ? smoothed(own.y, weight) : own.y };
+      if (enough && !other) data.push(lineOf(own, "loss", faded(ink[0], 0.28), { line: { color: faded(ink[0], 0.28), width: 1 }, hoverinfo: "skip" }));
+      data.push(lineOf(line, `loss${suffix}`, ink[0], { line: { color: ink[0], width: other ? 1.5 : 2, dash } }));
+      all.push(...own.y);
+      const broken = (v) => (v === null ? "not finite" : compact(v));
+      entries.push({ colour: ink[0], label: `loss${suffix}`, dash: other, line: own.y.at(-1) === null ? own : line, text: (v) => (v === null && own.y.at(-1) !== null ? "–" : broken(v)) });
+      if (own.y.at(-1) === null) entries.at(-1).text = () => (this.scrubber.step === null ? "not finite" : broken(valueAt(own, this.scrubber.step)));
+      (from.facts.get("metrics") ?? []).forEach((metric, i) => {
+        const held = from.lines.get(`metric:${metric}`);
+        if (!held?.x.length) return;
+        const isLoss = metric.includes("loss");
+        (isLoss ? inLoss : right).push(...held.y);
+        const colour = ink[(i + 1) % ink.length];
+        const label = ["loss", "val_loss"].includes(metric) ? "held-out loss" : metric;
+        const mode = held.x.length > 60 ? "lines" : "lines+markers";
+        data.push(lineOf(held, label + suffix, colour, { mode, yaxis: isLoss ? "y" : "y2", line: { color: colour, width: 1.5, dash }, marker: { color: colour, size: 5 } }));
+        if (!other) entries.push({ colour, label, line: held, text: compact });
+      });
+    };
+    draw(store, false);
+    if (store.beside) draw(store.beside, true);
+    card.legend(entries);
+    const positive = [...all, ...inLoss].filter((v) => v > 0);
+    const log = this.logLoss && positive.length > 0;
+    const range = lossRange(all, inLoss);
+    const yaxis = log ? logTicks(Math.min(...positive), Math.max(...positive)) : { range };
+    const layout = lineLayout(colours, { yaxis, margin: { ...MARGIN, r: right.length ? 40 : MARGIN.r } });
     if (right.length) {
-      layout.yaxis2 = { ...layout.yaxis, overlaying: "y", side: "right", showgrid: false, rangemode: "normal", tickmode: "auto", nticks: 6 };
+      layout.yaxis2 = { ...layout.yaxis, type: "linear", tickvals: undefined, ticktext: undefined, overlaying: "y", side: "right", showgrid: false, tickmode: "auto", nticks: 6 };
       layout.yaxis2.range = rangeOfShares(right);
     }
+    if (!log && range) data.push(...data.flatMap((trace) => this.beyond(trace, range[1])));
     return card.react(data, layout);
   },
 
-  async gradients(colours) {
-    const card = this.cards.gradients;
-    const grid = this.store.grids.get("gradients");
-    const names = this.store.facts.get("layers")?.gradients ?? [];
-    if (!grid?.x.length) return card.wait();
-    let low = Infinity;
-    let high = -Infinity;
-    let bad = null;
-    const empty = () => names.map(() => new Float32Array(grid.x.length).fill(NaN));
-    const z = empty();
-    grid.columns.forEach((column, c) => {
-      for (let r = 0; r < names.length; r++) {
-        const value = column[r];
-        if (value === Infinity) (bad ??= empty())[r][c] = 1;
-        if (!(value > 0 && value < Infinity)) continue;
-        const log = (z[r][c] = Math.log10(value));
-        if (log < low) low = log;
-        if (log > high) high = log;
-      }
-    });
-    if (low > high) [low, high] = [-1, 1];
-    low = Math.max(Math.floor(low), Math.ceil(high) - 12);
-    high = Math.max(Math.ceil(high), low + 1);
-    const key = bad ? h("span", { class: "wi-broken" }, h("i", { "aria-hidden": "true" }), "not finite") : null;
-    card.note.replaceChildren(...[key, scaleBar(powerOfTen(low), powerOfTen(high))].filter(Boolean));
-    const x = grid.x;
-    const data = [{ ...HEAT, x, z, zmin: low, zmax: high }];
-    if (bad) data.push({ ...HEAT, x, z: bad, zmin: 0, zmax: 1, colorscale: [[0, "#e5484d"], [1, "#e5484d"]] });
-    const ticks = rowTicks(names, card.height - 48, Math.max(10, Math.round(card.width / 18)));
-    const layout = layoutOf(colours, { ...POINTER, xaxis: { title: { text: "step" } }, yaxis: { autorange: "reversed", showgrid: false, ...ticks } });
-    layout.shapes = this.mark(names.indexOf(this.parameter), colours);
-    return card.react(data, layout);
-  },
-
-  gradientsTip({ x, y, pointIndex }) {
-    const grid = this.store.grids.get("gradients");
-    const value = grid.columns[pointIndex[1]]?.[y];
-    const names = this.store.facts.get("layers").gradients;
-    const text = value === Infinity ? "not finite" : value === 0 ? "no gradient (0)" : `norm ${compact(value)}`;
-    return [names[y], `step ${x.toLocaleString("en")}`, text];
-  },
-
-  async activations(colours) {
-    const card = this.cards.activations;
-    const held = this.store.levelsOf.get("activations");
-    const names = this.store.facts.get("layers")?.activations ?? [];
-    this.sliderRow.hidden = !held || held.of < 2;
-    if (!held) return card.wait();
-    const z = names.map((_, r) => held.bytes.subarray(r * held.bins, (r + 1) * held.bins));
-    if (document.activeElement !== this.slider || held.at === held.of - 1) {
-      this.slider.max = held.of - 1;
-      this.slider.value = held.at;
-    }
-    const latest = held.at === held.of - 1;
-    this.sliderText.textContent = `step ${held.step.toLocaleString("en")}${latest ? " (latest)" : ""}`;
-    if (held.stats) this.layerStats = held.stats;
-    const scale = densityScale(colours);
-    card.note.replaceChildren(scaleBar("few", "many", scale));
-    const ticks = rowTicks(names, card.height - 48, Math.max(10, Math.round(card.width / 18)));
-    const xaxis = { title: { text: "value" }, range: [-0.5, held.bins - 0.5], ...valueTicks(this.store.facts.get("bins")) };
-    const layout = layoutOf(colours, { ...POINTER, xaxis, yaxis: { autorange: "reversed", showgrid: false, ...ticks } });
-    layout.uirevision = `${held.bins}`;
-    layout.shapes = this.mark(names.indexOf(this.module), colours);
-    return card.react([{ ...HEAT, z, zmin: 0, zmax: 255, colorscale: scaleOf(scale) }], layout);
-  },
-
-  activationsTip({ x, y }) {
-    const held = this.store.levelsOf.get("activations");
-    const edges = this.store.facts.get("bins");
-    const names = this.store.facts.get("layers").activations;
-    const lines = [names[y], `values ${compact(edges[x])} to ${compact(edges[x + 1])}`];
-    const stats = this.layerStats;
-    if (stats && held.at === held.of - 1) {
-      lines.push(`mean ${compact(stats[3 * y])}, deviation ${compact(stats[3 * y + 1])}`, `${(100 * stats[3 * y + 2]).toFixed(1)} % zeros`);
-    }
-    return lines;
-  },
-
-  mark(row, colours) {
-    if (row < 0) return [];
-    return [{ type: "rect", xref: "paper", x0: 0, x1: 1, y0: row - 0.5, y1: row + 0.5, line: { color: colours.dark ? "#fff" : "#111", width: 1 } }];
+  // What of a trace lies above the range: triangles at its edge.
+  beyond(trace, top) {
+    if (trace.yaxis === "y2" || trace.hoverinfo === "skip") return [];
+    const at = trace.x.filter((_, i) => trace.y[i] > top);
+    if (!at.length || at.length > 40) return [];
+    const text = trace.y.filter((v) => v > top).map((v) => `${trace.name} ${compact(v)}, above this scale`);
+    const marker = { symbol: "triangle-up", size: 8, color: trace.marker?.color ?? trace.line.color };
+    return [{ type: "scatter", mode: "markers", x: at, y: at.map(() => top), text, hoverinfo: "text", marker, cliponaxis: false }];
   },
 
   async memory(colours) {
@@ -169,12 +138,37 @@ Object.assign(View.prototype, {
     return card.react(data, layout);
   },
 
+  async throughput(colours) {
+    const card = this.cards.throughput;
+    const { ink } = colours;
+    const rate = this.store.lines.get("rate");
+    if (!rate?.x.length) return card.wait();
+    const data = [];
+    const entries = [];
+    const draw = (held, other) => {
+      if (!held?.x.length) return;
+      const enough = held.y.length > 20;
+      const line = enough ? { x: held.x, y: smoothed(held.y, 0.8) } : held;
+      if (enough && !other) data.push(lineOf(held, "", faded(ink[0], 0.25), { line: { color: faded(ink[0], 0.25), width: 1 }, hoverinfo: "skip" }));
+      const fill = other ? {} : { fill: "tozeroy", fillcolor: faded(ink[0], 0.07) };
+      data.push(lineOf(line, other ? "samples/s (other)" : "samples/s", ink[0], { line: { color: ink[0], width: 1.75, dash: other ? "dash" : "solid" }, ...fill }));
+      entries.push({ colour: ink[0], label: other ? "other" : "samples/s", dash: other, line, text: compact });
+    };
+    draw(rate, false);
+    draw(this.store.beside?.lines.get("rate"), true);
+    card.legend(entries);
+    const { overhead } = this.store.facts.get("sampling") ?? {};
+    this.rateText.hidden = overhead === undefined;
+    this.rateText.textContent = overhead === undefined ? "" : `Readings take ${(100 * overhead).toFixed(overhead < 0.1 ? 1 : 0)} % of the time.`;
+    const known = data.flatMap(({ y }) => y.filter((v) => v !== null));
+    return card.react(data, lineLayout(colours, { yaxis: { range: [0, 1.1 * Math.max(...known)], nticks: 5 } }));
+  },
+
   async communication(colours) {
     const { store } = this;
     const card = this.cards.communication;
     const { ranks = [], exposed = null, link = "", hosts = 1, network = null, bandwidth = null } = store.facts.get("times") ?? {};
-    card.element.hidden = ranks.length < 2; // one rank waits for no other
-    if (card.element.hidden) return;
+    if (ranks.length < 2) return;
     const chosen = store.facts.get("choice")?.rank ?? null;
     const shown = chosen === null ? ranks : ranks.filter((rank) => rank === chosen);
     const of = (rank, field) => store.lines.get(`time:${rank}:${field}`);
@@ -185,69 +179,19 @@ Object.assign(View.prototype, {
       if (!held) return;
       const y = held.y.map((v) => (v === null ? null : 1000 * v));
       data.push({ type: "scatter", mode: "lines", x: held.x, y, name: label, line: { color: colour, width: 1.5, dash: dash ? "dot" : "solid" } });
-      if (entries.length < 9) entries.push({ colour, label, value: `${compact(lastOf({ y }))} ms`, dash });
+      if (entries.length < 9) entries.push({ colour, label, dash, line: { x: held.x, y }, text: (v) => `${compact(v)} ms` });
     };
     const { ink } = colours;
     shown.forEach((rank, i) => draw(of(rank, "busy"), shown.length > 1 ? `rank ${rank}` : "own work", ink[i % ink.length]));
     if (shown.length === 1) draw(of(shown[0], "waited"), "waiting for samples", ink[1]);
     draw(of(shown[0], "step"), "with waits for other ranks", colours.soft, true);
-    card.aside.replaceChildren(legendOf(entries));
+    card.legend(entries);
     const rate = bandwidth ? `, ${compact(bandwidth / 1e9)} GB/s in an all-reduce` : "";
     const wires = hosts > 1 && network ? `; network ${compact(network)} Gb/s between ${hosts} hosts` : "";
     const share = exposed === null ? "" : `Exposed communication: ${(100 * exposed).toFixed(exposed < 0.1 ? 1 : 0)} % of a step. `;
     this.timesText.hidden = false;
     this.timesText.textContent = `${share}Ranks are linked by ${link}${rate}${wires}.`;
     const yaxis = { rangemode: "tozero", title: { text: "ms" }, nticks: 5 };
-    return card.react(data, layoutOf(colours, { hovermode: "x unified", uirevision: "kept", xaxis: { title: { text: "step" } }, yaxis }));
-  },
-
-  async norm(colours) {
-    const card = this.cards.norm;
-    if (this.detail.hidden) return;
-    const grid = this.store.grids.get("gradients");
-    const row = (this.store.facts.get("layers")?.gradients ?? []).indexOf(this.parameter);
-    if (!grid || row < 0) return card.wait();
-    const y = grid.columns.map((column) => (column[row] > 0 && column[row] < Infinity ? column[row] : null));
-    const data = [{ type: "scatter", mode: y.length < 40 ? "lines+markers" : "lines", x: grid.x, y, name: "norm", line: { color: colours.ink[0], width: 1.5 }, marker: { size: 5 } }];
-    const yaxis = { type: "log", exponentformat: "power", nticks: 5 };
-    return card.react(data, layoutOf(colours, { hovermode: "x unified", uirevision: this.parameter, xaxis: { title: { text: "step" } }, yaxis }));
-  },
-
-  async values(colours) {
-    const card = this.cards.values;
-    if (this.detail.hidden) return;
-    const grid = this.store.grids.get("layer");
-    const edges = this.store.facts.get("edges");
-    if (!grid?.x.length || !edges) return card.wait();
-    const shown = folded(grid.columns, edges);
-    const most = grid.columns.map((_, c) => Math.max(1, ...shown.counts.map((row) => row[c])));
-    const z = shown.counts.map((row) => row.map((count, c) => Math.sqrt(count / most[c])));
-    const yaxis = { title: { text: "value" }, showgrid: false, range: [-0.5, z.length - 0.5], ...valueTicks(shown.edges) };
-    const layout = layoutOf(colours, { ...POINTER, xaxis: { title: { text: "step" } }, yaxis, uirevision: `${this.module}:${z.length}` });
-    this.shownEdges = shown.edges;
-    return card.react([{ ...HEAT, x: grid.x, z, zmin: 0, zmax: 1, colorscale: scaleOf(densityScale(colours)) }], layout);
-  },
-
-  listenValues() {
-    const { plot } = this.cards.values;
-    plot.on("plotly_unhover", () => this.tip.hide());
-    plot.on("plotly_hover", ({ points, event }) => {
-      const { x, y, z } = points[0];
-      const edges = this.shownEdges;
-      const share = `${Math.round(100 * z * z)} % of the fullest bin`;
-      this.tip.show(event, [`values ${compact(edges[y])} to ${compact(edges[y + 1])}`, `step ${x.toLocaleString("en")}`, share]);
-    });
+    return card.react(data, lineLayout(colours, { yaxis }));
   },
 });
-
-export default () => {
-  let store;
-  return {
-    initialize({ model }) {
-      store = follow(model);
-    },
-    render({ model, el, signal }) {
-      new View({ model, el, signal, store });
-    },
-  };
-};

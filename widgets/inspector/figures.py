@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from widgets import svg
+from widgets.inspector.quantities import QUANTITIES
 from widgets.inspector.recording import FIELDS, TIMES, Recording
 
 if TYPE_CHECKING:
@@ -25,9 +26,12 @@ Findings = Sequence[tuple[str, str, str]]
 def log_norms(recording: Recording) -> np.ndarray:
     """log10 of gradient norms, shape (columns, layers); NaN where there is none, zero or not finite."""
     assert recording.gradients is not None
-    norms = recording.gradients.values.astype("f8")
-    good = np.isfinite(norms) & (norms > 0)
-    return np.where(good, np.log10(np.where(good, norms, 1.0)), np.nan)
+    return _logs(recording.gradients.values)
+
+
+def _logs(values: np.ndarray) -> np.ndarray:
+    good = np.isfinite(values) & (values > 0)
+    return np.where(good, np.log10(np.where(good, values, 1.0).astype("f8")), np.nan)
 
 
 def bin_labels(edges: Sequence[float]) -> list[str]:
@@ -36,12 +40,13 @@ def bin_labels(edges: Sequence[float]) -> list[str]:
 
 
 def plotly_figures(recording: Recording) -> dict[str, go.Figure]:
-    """Figures of the loss and metrics, gradient norms, activation distributions, memory and where a step's time goes."""
+    """Figures of the loss and metrics, gradients' norms and other quantities, distributions of activations, memory, throughput
+    and where a step's time goes."""
     import plotly.graph_objects as go
 
     figures: dict[str, go.Figure] = {}
     curves = {n: line.arrays() for n, line in recording.lines.items() if len(line)}
-    loss = {n: xy for n, xy in curves.items() if not n.startswith(("memory:", "time:"))}
+    loss = {n: xy for n, xy in curves.items() if n == "loss" or n.startswith("metric:")}
     if loss:
         figures["loss"] = figure = go.Figure()
         for name, (x, y) in loss.items():
@@ -54,6 +59,12 @@ def plotly_figures(recording: Recording) -> dict[str, go.Figure]:
         bar = {"title": "log₁₀ norm"}
         heat = go.Heatmap(x=recording.gradients.x, y=recording.layers("gradients"), z=z, colorscale="Viridis", colorbar=bar)
         figures["gradients"] = go.Figure(heat).update_layout(xaxis_title="step", yaxis_autorange="reversed")
+    for quantity in QUANTITIES[1:]:
+        if (grid := recording.others.get(quantity.name)) is not None:
+            z = (_logs(grid.values) if quantity.log else grid.values).T
+            bar = {"title": f"log₁₀ {quantity.label.lower()}" if quantity.log else quantity.label}
+            heat = go.Heatmap(x=grid.x, y=recording.layers("gradients"), z=z, colorscale="Viridis", colorbar=bar)
+            figures[f"gradients:{quantity.name}"] = go.Figure(heat).update_layout(xaxis_title="step", yaxis_autorange="reversed")
     if recording.activations is not None:
         shown = recording.distributions()
         rows = recording.layers("activations")
@@ -67,6 +78,9 @@ def plotly_figures(recording: Recording) -> dict[str, go.Figure]:
             _, rank, field = name.split(":")
             figure.add_scatter(x=x, y=y, name=f"rank {rank} {field}", mode="lines")
         figure.update_layout(xaxis_title="step", yaxis_title="bytes", yaxis_rangemode="tozero")
+    if "rate" in curves:
+        figures["throughput"] = figure = go.Figure().add_scatter(x=curves["rate"][0], y=curves["rate"][1], mode="lines")
+        figure.update_layout(xaxis_title="step", yaxis_title="samples/s", yaxis_rangemode="tozero")
     times = {n: xy for n, xy in curves.items() if n.startswith("time:")}
     if times:
         figures["communication"] = figure = go.Figure()
@@ -92,7 +106,7 @@ def static_html(recording: Recording, header: Mapping[str, Any], findings: Findi
         parts.append(f'<p style="margin:0 0 4px">{_MARKS[severity]} {escape(message)}{tried}</p>')
     loss = {}
     for name, line in recording.lines.items():
-        if not name.startswith(("memory:", "time:")):
+        if name == "loss" or name.startswith("metric:"):
             loss[_label(name)] = (*line.arrays(), 2 if _on_the_right(name) else 1)
     parts.append(_section("Loss and metrics", svg.chart(loss)))
     if recording.gradients is not None:

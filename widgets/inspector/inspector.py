@@ -1,7 +1,8 @@
 """The Inspector: one widget that shows a run while it trains, or long after.
 
 :class:`Inspector` follows the run's folder (:class:`widgets.follow.Follower`) and sends the page what is new, at most four times
-a second. It holds nothing that is not in the folder: a new page, another tab or a restarted kernel gets the whole history.
+a second; with a second run beside it, that run's too. It holds nothing that is not in the folders: a new page, another tab or a
+restarted kernel gets the whole history. :meth:`Inspector.export` writes the page as a file (:mod:`widgets.inspector.export`).
 Where no page listens (papermill, nbconvert, nbval) it is a small static drawing; see :func:`widgets.live_plot.is_static`.
 """
 
@@ -10,15 +11,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from widgets import theme
 from widgets.follow import Follower
 from widgets.frames import Frame
-from widgets.inspector import figures
+from widgets.inspector import export, figures
+from widgets.inspector.beside import differences, neighbours
+from widgets.inspector.quantities import QUANTITIES
 from widgets.inspector.recording import Recording
 from widgets.live_plot import LiveWidget, module
-from workbench import diagnosis, events
+from workbench import diagnosis, events, storage
+from workbench.errors import RunError
 from workbench.run import TERMINAL, Run
 
 if TYPE_CHECKING:
@@ -34,6 +39,7 @@ class Inspector(LiveWidget):
     Args:
         run_or_path: a :class:`workbench.Run`, its folder or its name; None to open one later.
         refresh: seconds between two updates, at least 0.25.
+        beside: a second run to compare with, given alike.
         static: draw for a file; by default decided by :func:`widgets.live_plot.is_static`.
 
     Raises:
@@ -44,40 +50,91 @@ class Inspector(LiveWidget):
         >>> inspector                                # in a notebook: the live view
         >>> inspector.figures()["gradients"].show()  # plotly figures of the same, for code and papers
         >>> inspector.open(another_run)
+        >>> inspector.beside(yet_another)            # compare: curves overlaid, heat maps as a ratio, settings that differ
+        >>> inspector.export("run.html")             # the page as one file, which needs neither network nor kernel
     """
 
-    _esm = module("plotting.js", "inspector/parts.js", "inspector/inspector.js", "inspector/charts.js")
+    _esm = module(*export.SCRIPTS, "inspector/widget.js")
     _css = theme.css("inspector/inspector.css")
-    _follower: Follower | None = None  # also of an instance that was never made whole: ipywidgets closes it too
+    _followers: dict[Recording, Follower] | None = None  # also of an instance that was never made whole: ipywidgets closes it too
 
     def __init__(
-        self, run_or_path: Run | str | os.PathLike[str] | None = None, refresh: float = 0.25, *, static: bool | None = None
+        self,
+        run_or_path: Run | str | os.PathLike[str] | None = None,
+        refresh: float = 0.25,
+        *,
+        beside: Run | str | os.PathLike[str] | None = None,
+        static: bool | None = None,
     ) -> None:
         self.refresh = max(0.25, refresh)
         self.run: Run | None = None
         self.recording: Recording | None = None
         self._findings: list[events.Finding] = []
         self._problem = ""
-        self._last_look = self._last_diagnosis = 0.0
+        self._other: Recording | None = None
+        self._differences: list[tuple[str, str, str]] = []
+        self._followers = {}
+        self._last_look: dict[Recording, float] = {}
+        self._last_diagnosis = 0.0
         super().__init__(static=static)
         if run_or_path is not None:
             self.open(run_or_path)
+            if beside is not None:
+                self.beside(beside)
 
     def open(self, run_or_path: Run | str | os.PathLike[str] | None = None) -> None:
         """Turn to a run. Without one, open the connection to the page, as widgets do when they are made."""
         if run_or_path is None:
             super().open()
             return
-        run = run_or_path if isinstance(run_or_path, Run) else Run.open(run_or_path)
+        run = _run(run_or_path)
         with self._lock:
             self._stop_following()
-            self.run, self.recording = run, Recording(run)
-            self._findings, self._problem = [], ""
-            self._last_look = self._last_diagnosis = 0.0
-            if self.static:
-                return
-            self._publish(whole=True)
-            self._follow()
+            self.run, self.recording, self._other, self._differences = run, Recording(run), None, []
+            self._findings, self._problem, self._last_diagnosis = [], "", 0.0
+            if not self.static:
+                self._publish(whole=True)
+                self._follow(self.recording)
+
+    def beside(self, run_or_path: Run | str | os.PathLike[str] | None) -> None:
+        """Compare with another run; None ends it.
+
+        Raises:
+            RunError: there is no such run, or none is open to compare with it.
+        """
+        other = None if run_or_path is None else _run(run_or_path)
+        with self._lock:
+            if self.run is None or self.recording is None:
+                raise RunError("No run is open to compare with.", "Open one first: inspector.open(run).")
+            if self._other is not None:
+                self._stop_following(self._other)
+            self._other = None if other is None else _like(self.recording, Recording(other))
+            self._differences = [] if other is None else differences(self.run, other)
+            if not self.static:
+                self._publish(whole=True)
+                if self._other is not None:
+                    self._follow(self._other)
+
+    def export(self, path: str | os.PathLike[str]) -> Path:
+        """Write the page as one HTML file: the whole history, to be scrubbed and clicked through without network or kernel.
+
+        At most 6 MB: the heat maps of a long run of many layers lose every other column until they fit. Returns the path.
+
+        Raises:
+            RunError: no run is open.
+        """
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_atomic(target, self._exported())
+        return target
+
+    def _exported(self) -> bytes:
+        with self._lock:
+            recording = self._catch_up()
+            if recording is None or self.run is None:
+                raise RunError("No run is open to export.", "Open one first: inspector.open(run).")
+            recordings = {"": recording} | ({"beside": self._other} if self._other else {})
+            return export.page(self.run.id, recordings, self._words(recording, self._other))
 
     def close(self) -> None:
         """Stop following and close the view; the run goes on."""
@@ -87,7 +144,7 @@ class Inspector(LiveWidget):
     @property
     def following(self) -> bool:
         """Whether a thread follows the run: it does until the run ends or :meth:`close`."""
-        return self._follower is not None and self._follower.alive
+        return any(follower.alive for follower in (self._followers or {}).values())
 
     @property
     def findings(self) -> list[events.Finding]:
@@ -96,26 +153,29 @@ class Inspector(LiveWidget):
         return list(self._findings)
 
     def figures(self) -> dict[str, go.Figure]:
-        """Plotly figures by name: ``loss``, ``gradients``, ``activations``, ``memory``, ``communication``; what has readings."""
+        """Plotly figures by name, of what has readings: ``loss``, ``gradients``, ``gradients:QUANTITY``, ``activations``,
+        ``memory``, ``throughput``, ``communication``."""
         with self._lock:
             recording = self._catch_up()
             return figures.plotly_figures(recording) if recording else {}
 
     # -- following ----------------------------------------------------------------------------------------------------
 
-    def _follow(self) -> None:
-        assert self.run is not None and self.recording is not None
-        recording = self.recording  # bound to the callbacks, so that a thread that is ending cannot write into the next run's
-        self._follower = Follower(
-            self.run,
+    def _follow(self, recording: Recording) -> None:
+        assert self._followers is not None
+        # Bound to the recording, so that a thread that is ending cannot write into the next one's.
+        self._followers[recording] = Follower(
+            recording.run,
             lambda fresh, anew: self._on_events(recording, fresh, anew),
             lambda status: self._on_look(recording, status),
         ).start()
 
-    def _stop_following(self) -> None:
-        if self._follower is not None:
-            self._follower.close()
-            self._follower = None
+    def _stop_following(self, *recordings: Recording) -> None:
+        followers = self._followers or {}
+        for recording in recordings or tuple(followers):
+            if recording in followers:
+                followers.pop(recording).close()
+            self._last_look.pop(recording, None)
 
     def _on_events(self, recording: Recording, fresh: Sequence[events.Event], anew: bool) -> None:
         with self._lock:
@@ -123,15 +183,16 @@ class Inspector(LiveWidget):
 
     def _on_look(self, recording: Recording, status: str) -> None:
         ended = status in TERMINAL
-        if not ended and time.monotonic() - self._last_look < self.refresh:
+        if not ended and time.monotonic() - self._last_look.get(recording, 0.0) < self.refresh:
             return
-        self._last_look = time.monotonic()
+        self._last_look[recording] = time.monotonic()
         more = True
-        while more and recording is self.recording:
+        while more and (recording is self.recording or recording is self._other):
             with self._lock:
                 try:
                     more = recording.read(last=ended)
-                    if not more and (ended or time.monotonic() - self._last_diagnosis > DIAGNOSE_EVERY):
+                    due = ended or time.monotonic() - self._last_diagnosis > DIAGNOSE_EVERY
+                    if not more and due and recording is self.recording:
                         self._diagnose()
                 except Exception as error:
                     self._problem = f"The Inspector stopped following this run: {error}"
@@ -154,12 +215,11 @@ class Inspector(LiveWidget):
         with self._lock:
             if self.run is None or self.comm is not None:
                 return self.recording
-            recording = self.recording = Recording(self.run, self.recording.rank if self.recording else None)
-            recording.take_events(self.run.events, anew=True)
-            while recording.read(last=True):
-                pass
+            assert self.recording is not None
+            self.recording = _read_to_the_end(_like(self.recording, Recording(self.run, self.recording.rank)))
+            self._other = self._other and _read_to_the_end(_like(self._other, Recording(self._other.run)))
             self._diagnose()
-            return recording
+            return self.recording
 
     # -- the page -----------------------------------------------------------------------------------------------------
 
@@ -168,10 +228,23 @@ class Inspector(LiveWidget):
             frame.add("fact", "header", value=None)
             return
         self.recording.write(frame, whole)
-        self.recording.fact(frame, "header", self._header(self.run, self.recording))
+        if self._other is not None:
+            mark = len(frame.operations)
+            self._other.write(frame, whole)
+            for operation in frame.operations[mark:]:
+                operation["run"] = "beside"
+        for name, value in self._words(self.recording, self._other).items():
+            self.recording.fact(frame, name, value)
+
+    def _words(self, recording: Recording, other: Recording | None) -> dict[str, Any]:
+        """What the page says in words, by the name of the fact."""
         told = {"severity", "message", "layer", "step", "name"}
-        rows = [{**finding.model_dump(include=told), "remedy": remedy_text(finding)} for finding in self._findings]
-        self.recording.fact(frame, "findings", rows)
+        return {
+            "header": self._header(recording.run, recording),
+            "findings": [{**finding.model_dump(include=told), "remedy": remedy_text(finding)} for finding in self._findings],
+            "beside": None if other is None else self._header(other.run, other),
+            "differences": self._differences,
+        }
 
     def _header(self, run: Run, recording: Recording) -> dict[str, Any]:
         progress, started = run.progress, recording.started
@@ -203,13 +276,25 @@ class Inspector(LiveWidget):
         kind, value = content.get("kind"), content.get("value")
         with self._lock:
             recording = self.recording
-            if recording is None:
+            if recording is None or self.run is None:
                 return
+            shown = [r for r in (recording, self._other) if r is not None]
             if kind == "layer":
-                known = {*recording.layers("gradients"), *recording.layers("activations")}
-                recording.choose_layer(value if value in known else None)
+                for one in shown:
+                    one.choose_layer(value if value in {*one.layers("gradients"), *one.layers("activations")} else None)
             elif kind == "time":
-                recording.choose_time(value if isinstance(value, int) and value >= 0 else None)
+                for one in shown:
+                    one.choose_step(value if isinstance(value, int) and value >= 0 else None)
+            elif kind == "quantity" and value in {quantity.name for quantity in QUANTITIES}:
+                for one in shown:
+                    one.choose_quantity(value)
+            elif kind == "runs":
+                self.send({"kind": "runs", "runs": neighbours(self.run)})
+            elif kind == "beside" and (value is None or value in neighbours(self.run)):
+                self.beside(None if value is None else self.run.path.parent / value)
+                return
+            elif kind == "export":
+                self.send({"kind": "file", "name": f"{self.run.id}.html"}, [self._exported()])
             elif kind == "rank" and (value is None or isinstance(value, int)) and value != recording.rank:
                 recording.rank = value
                 recording.reset_readings()
@@ -232,6 +317,23 @@ class Inspector(LiveWidget):
 def remedy_text(finding: events.Finding) -> str:
     """The remedy as overrides a person can paste: ``optim.lr=0.001 clip.mode=dynamic``."""
     return " ".join(f"{name}={value}" for name, value in finding.remedy.items())
+
+
+def _run(run_or_path: Run | str | os.PathLike[str]) -> Run:
+    return run_or_path if isinstance(run_or_path, Run) else Run.open(run_or_path)
+
+
+def _like(chosen: Recording, recording: Recording) -> Recording:
+    """``recording`` with the layer, the quantity and the step that another shows."""
+    recording.layer, recording.quantity, recording.step = chosen.layer, chosen.quantity, chosen.step
+    return recording
+
+
+def _read_to_the_end(recording: Recording) -> Recording:
+    recording.take_events(recording.run.events, anew=True)
+    while recording.read(last=True):
+        pass
+    return recording
 
 
 def _compact(count: int) -> str:

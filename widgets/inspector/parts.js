@@ -1,4 +1,4 @@
-// Pieces of the Inspector's page: elements, cards, the tooltip, labels and colours. Names reach the page as text only.
+// Pieces of the Inspector's page: elements, cards, the tooltip, legends and colours. Names reach the page as text only.
 
 const VIRIDIS = ["#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725"];
 const SCALE = scaleOf(VIRIDIS);
@@ -7,6 +7,19 @@ const DENSITY = {
   light: ["#cfe0f7", "#97bcee", "#5f93dd", "#3569bd", "#1b428c", "#0d2558"],
   dark: ["#1a3153", "#234b83", "#3169b4", "#5a90dc", "#95bbf2", "#dbe8fc"],
 };
+
+// What grew against the other run, and what shrank: two colours that differ in lightness alike, and in blueness for every eye.
+const RATIO = {
+  light: ["#1d4f91", "#5b8ac4", "#b3cae6", "#ffffff", "#f1c694", "#d0883a", "#8a4b08"],
+  dark: ["#a9cbff", "#5f8fd0", "#2c4a75", "#111111", "#6b4718", "#c07f2c", "#ffd08a"],
+};
+const BROKEN = "#e5484d";
+
+function ratioScale(colours) {
+  const scale = [...RATIO[colours.dark ? "dark" : "light"]];
+  scale[3] = colours.back;
+  return scale;
+}
 
 function scaleOf(colours) {
   return colours.map((colour, i) => [i / (colours.length - 1), colour]);
@@ -36,13 +49,6 @@ function shortened(name, length) {
   return name.length <= length ? name : `…${name.slice(1 - length)}`;
 }
 
-// Labels for as many rows as fit, 13 px each, first and every n-th.
-function rowTicks(names, height, length) {
-  const every = Math.max(1, Math.ceil((names.length * 13) / Math.max(1, height)));
-  const at = names.map((_, i) => i).filter((i) => i % every === 0);
-  return { tickvals: at, ticktext: at.map((i) => plain(shortened(names[i], length))) };
-}
-
 function bytesUnit(largest) {
   return largest >= 1e9 ? { size: 1e9, name: "GB" } : { size: 1e6, name: "MB" };
 }
@@ -65,32 +71,50 @@ function valueTicks(edges) {
   return { tickvals, ticktext };
 }
 
-// Like the kernel's shown_bins, for one layer over time: bins without a five-hundredth of the values are left out, those about
-// zero that hold under a twentieth of what is not zero are drawn as one.
-function folded(columns, edges) {
-  const bins = edges.length - 1;
+// Which bins to draw of rows of counts: [low, inner, outer, high]. Those about zero, inner to outer, hold under a twentieth of any
+// row's values that are not zero, and are drawn as one; outside low to high no row has a five-hundredth of its values.
+function shownBins(rows, bins) {
   const middle = (bins - 1) / 2;
-  const sum = new Float64Array(bins);
-  for (const column of columns) for (let i = 0; i < bins; i++) sum[i] += column[i] || 0;
-  const total = sum.reduce((a, b) => a + b, 0) || 1;
-  let low = sum.findIndex((v) => v / total > 0.002);
-  let high = sum.findLastIndex((v) => v / total > 0.002) + 1;
-  if (low < 0) [low, high] = [middle - 4, middle + 5];
-  const apart = total - sum[middle] || 1;
-  let inner = middle;
-  for (let held = 0; inner > 4; inner--) {
-    held += sum[inner - 1] + sum[2 * middle - inner + 1];
-    if (held / apart > 0.05) break;
+  let [low, high, most] = [bins, 0, 0];
+  const near = new Float64Array(middle + 1); // by distance from zero: the largest share of a row within it
+  for (const row of rows) {
+    let total = 0;
+    for (let i = 0; i < bins; i++) total += row[i];
+    if (!total) continue;
+    for (let i = 0; i < bins; i++) {
+      if (row[i] / total > 0.002) {
+        low = Math.min(low, i);
+        high = Math.max(high, i + 1);
+      }
+    }
+    const apart = total - row[middle] || 1;
+    let held = 0;
+    for (let d = 1; d <= middle; d++) {
+      held += row[middle - d] + row[middle + d];
+      near[d] = Math.max(near[d], held / apart);
+    }
+    most++;
   }
-  const outer = 2 * middle - inner + 1;
-  low = Math.min(low, inner - 1);
-  high = Math.max(high, outer + 1);
-  const rows = [];
-  for (let i = low; i < inner; i++) rows.push([i, i + 1]);
-  rows.push([inner, outer]);
-  for (let i = outer; i < high; i++) rows.push([i, i + 1]);
-  const counts = rows.map(([from, to]) => columns.map((column) => column.subarray(from, to).reduce((a, b) => a + (b || 0), 0)));
-  return { counts, edges: [...rows.map(([from]) => edges[from]), edges[high]] };
+  if (!most) return [middle - 4, middle - 3, middle + 4, middle + 5];
+  let folded = 0;
+  while (folded < middle - 4 && near[folded + 1] <= 0.05) folded++;
+  const [inner, outer] = [middle - folded, middle + 1 + folded];
+  return [Math.min(low, inner - 1), inner, outer, Math.max(high, outer + 1)];
+}
+
+// A row's counts in the bins of shownBins.
+function foldedRow(row, [low, inner, outer, high]) {
+  const out = [];
+  for (let i = low; i < inner; i++) out.push(row[i]);
+  let middle = 0;
+  for (let i = inner; i < outer; i++) middle += row[i];
+  out.push(middle);
+  for (let i = outer; i < high; i++) out.push(row[i]);
+  return out;
+}
+
+function foldedEdges(edges, [low, inner, outer, high]) {
+  return [...edges.slice(low, inner + 1), ...edges.slice(outer, high + 1)];
 }
 
 class Tooltip {
@@ -116,42 +140,82 @@ class Tooltip {
   }
 }
 
-// A titled box with a plot, what it waits for, and room for a note or controls beside the title.
+// A titled box with a plot, what it waits for, and room for controls beside the title and below. Lines at a step, chosen or
+// pointed at, are moved over the plot without drawing it anew.
 class Card {
-  constructor(name, title, waiting, height, draw) {
+  constructor(name, title, waiting, height, { timed = true } = {}) {
     this.name = name;
     this.height = height;
+    this.timed = timed;
     this.plot = h("div", { class: "wi-plot", role: "figure", "aria-label": title });
-    this.plot.style.height = `${height}px`;
-    this.waiting = h("p", { class: "wi-waiting" }, waiting);
+    this.marks = Object.fromEntries(["cursor", "pointer"].map((mark) => [mark, h("i", { class: `wi-mark ${mark}`, hidden: true, "aria-hidden": "true" })]));
+    this.at = { cursor: null, pointer: null };
+    this.frame = h("div", { class: "wi-frame" }, this.plot, ...Object.values(this.marks));
+    this.empty = waiting; // said when there is nothing to draw
+    this.waiting = h("p", { class: "wi-waiting" });
     this.aside = h("div", { class: "wi-aside" });
     this.foot = h("div", { class: "wi-foot" });
     this.title = h("h3", {}, title);
-    const head = h("header", {}, this.title, this.aside);
-    this.element = h("section", { class: "wi-card", "aria-label": title, "data-card": name }, head, this.plot, this.foot);
+    this.head = h("header", {}, this.title, this.aside);
+    this.element = h("section", { class: "wi-card", "aria-label": title, "data-card": name }, this.head, this.frame, this.foot);
+    this.resize(height);
     this.plot.append(this.waiting);
     this.revision = 0;
     this.drawn = false;
-    this.draw = draw;
   }
 
   get width() {
     return this.plot.clientWidth;
   }
 
-  wait(text) {
-    if (text) this.waiting.textContent = text;
+  resize(height) {
+    this.height = height;
+    this.plot.style.height = `${height}px`;
+  }
+
+  wait() {
+    this.waiting.textContent = this.empty;
     if (this.drawn) globalThis.Plotly.purge(this.plot);
     this.drawn = false;
     this.plot.replaceChildren(this.waiting);
+    this.place();
   }
 
   async react(data, layout) {
     if (!this.drawn) this.plot.replaceChildren();
     const whole = { ...layout, height: this.height, datarevision: ++this.revision };
-    await globalThis.Plotly.react(this.plot, data, whole, CONFIG);
+    if (this.timed) {
+      Object.assign(whole, { xaxis: { ...whole.xaxis, range: this.range() }, uirevision: null });
+      for (const axis of ["yaxis", "yaxis2"]) if (whole[axis]) whole[axis].fixedrange = true; // a drag zooms into time
+    }
+    await globalThis.Plotly.react(this.plot, data, whole, { ...CONFIG, doubleClick: this.timed ? false : CONFIG.doubleClick });
     if (!this.drawn) this.listen?.();
     this.drawn = true;
+    this.place();
+  }
+
+  legend(entries) {
+    this.entries = entries;
+    this.aside.replaceChildren(legendOf(entries, this.at.cursor));
+  }
+
+  mark(which, step) {
+    this.at[which] = step;
+    if (which === "cursor") this.aside.querySelector(".wi-legend")?.update?.(step);
+    this.place();
+  }
+
+  place() {
+    const layout = this.drawn && this.timed ? this.plot._fullLayout : null;
+    for (const [which, mark] of Object.entries(this.marks)) {
+      const step = this.at[which];
+      const at = layout && step !== null ? layout.xaxis.l2p(step) : NaN;
+      mark.hidden = !(at >= -1 && at <= layout.xaxis._length + 1);
+      if (mark.hidden) continue;
+      mark.style.transform = `translateX(${layout.xaxis._offset + at}px)`;
+      mark.style.top = `${layout._size.t}px`;
+      mark.style.height = `${layout._size.h}px`;
+    }
   }
 
   purge() {
@@ -159,14 +223,63 @@ class Card {
   }
 }
 
-// A legend for a line chart: swatch, name, latest value.
-function legendOf(entries) {
-  const items = entries.map(({ colour, label, value, dash }) => {
+// A legend for a line chart: swatch, name, and a value: a text, or with `line` and `text` that of the line at the cursor.
+function legendOf(entries, step = null) {
+  const values = [];
+  const items = entries.map(({ colour, label, value, dash, line, text }) => {
     const swatch = h("i", { "aria-hidden": "true", class: dash ? "dashed" : "" });
     swatch.style.color = colour;
-    return h("li", {}, swatch, h("span", {}, label), h("b", {}, value));
+    const shown = h("b", {}, value);
+    if (line) values.push((at) => (shown.textContent = text(at === null ? lastOf(line) : valueAt(line, at))));
+    return h("li", {}, swatch, h("span", {}, label), shown);
   });
-  return h("ul", { class: "wi-legend" }, ...items);
+  const list = h("ul", { class: "wi-legend" }, ...items);
+  list.update = (at) => values.forEach((update) => update(at));
+  list.update(step);
+  return list;
+}
+
+// Index of the last of ascending x that is not past a step; -1 where all are.
+function indexAt(x, step) {
+  let [low, high] = [0, x.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (x[middle] <= step) low = middle + 1;
+    else high = middle;
+  }
+  return low - 1;
+}
+
+function valueAt(line, step) {
+  const at = indexAt(line.x, step);
+  return at < 0 ? null : line.y[at];
+}
+
+// One of a few choices, as joined buttons; `current` is pressed.
+function segmented(label, choices, current, choose) {
+  const press = (value) => {
+    for (const button of buttons) button.setAttribute("aria-pressed", String(button.value === value));
+    choose(value);
+  };
+  const buttons = choices.map(([value, text, title]) => h("button", { type: "button", value, "aria-pressed": String(value === current), title, onclick: () => press(value) }, text));
+  return h("div", { class: "wi-segments", role: "group", "aria-label": label }, ...buttons);
+}
+
+// Ticks of a logarithmic axis: decades, or 1, 2, 5 of each where there are few.
+function logTicks(low, high) {
+  const [first, last] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
+  const wide = Math.log10(high / low) > 1.6;
+  const every = Math.max(1, Math.ceil((last - first) / 6));
+  const tickvals = [];
+  for (let power = first; power <= last; power++) {
+    if (wide && (power - first) % every) continue;
+    for (const factor of wide ? [1] : [1, 2, 5]) tickvals.push(factor * 10 ** power);
+  }
+  return { type: "log", tickvals, ticktext: tickvals.map((v) => powerText(v)) };
+}
+
+function powerText(value) {
+  return value >= 1e-3 && value < 1e5 ? compact(value) : value.toExponential(0).replace("e+", "e").replace("-", "−");
 }
 
 function lastOf(line) {
@@ -178,8 +291,4 @@ function scaleBar(low, high, colours = VIRIDIS) {
   const bar = h("i", { "aria-hidden": "true" });
   bar.style.background = `linear-gradient(to right, ${colours.join(",")})`;
   return h("div", { class: "wi-scale" }, h("span", {}, low), bar, h("span", {}, high));
-}
-
-function powerOfTen(exponent) {
-  return Math.abs(exponent) < 3 ? compact(10 ** exponent) : (10 ** exponent).toExponential(0).replace("e+", "e");
 }

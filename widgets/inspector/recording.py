@@ -4,21 +4,23 @@
   what changed into a :class:`widgets.frames.Frame`.
 * :class:`Join` — brings the ranks' readings of a step together.
 
-Names in frames: lines ``loss``, ``metric:NAME``, ``memory:RANK:FIELD``, ``time:RANK:FIELD``; heat maps ``gradients`` (layer ×
-step) and ``layer`` (value bin × step of the chosen layer); ``activations``, the latest distributions of all layers.
+Names in frames: lines ``loss``, ``rate``, ``metric:NAME``, ``memory:RANK:FIELD``, ``time:RANK:FIELD``; heat maps ``gradients``
+(norms, layer × step), ``gradients:QUANTITY`` of the chosen other quantity, and ``layer`` (value bin × step of the chosen layer);
+``activations``, the distributions of all layers at the chosen step.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from widgets.frames import Columns, Frame, Line
+from widgets.inspector.histograms import Distributions, distributions, edges, levels
+from widgets.inspector.quantities import QUANTITIES, quantities_of
 from workbench import events, storage
 from workbench.run import Run
 
@@ -36,6 +38,10 @@ BATCH = 200
 FIELDS = ("allocated", "reserved", "peak")
 TIMES = ("busy", "waited", "step")
 """Of a step, in seconds: a rank's own work, its waits for samples, and both with its waits for other ranks."""
+STATS = ("mean", "std", "zeros", "dead", "saturated")
+"""Beside each distribution; the last two, shares of channels, are NaN where the probe does not tell them."""
+SAMPLING = ("error", "overhead")
+"""What the probes may tell of their own: a sampled share's standard error, and the share of a run's time that reading takes."""
 
 
 class Join:
@@ -76,7 +82,8 @@ class Recording:
     def __init__(self, run: Run, rank: int | None = None) -> None:
         self.run, self.rank = run, rank
         self.layer: str | None = None
-        self.at: int | None = None
+        self.quantity = "norm"
+        self.step: int | None = None
         self._layers: dict[str, dict[str, int]] = {"gradients": {}, "activations": {}}
         self.reset()
 
@@ -88,6 +95,7 @@ class Recording:
         self.started: events.AttemptStarted | None = None
         self._starts: list[tuple[int, int]] = []
         self._sent_facts: dict[str, Any] = {}
+        self._anew: set[str] = set()
         self.reset_readings()
 
     def reset_readings(self) -> None:
@@ -95,8 +103,11 @@ class Recording:
         self._stamp = 0
         self._joins = {"gradients": Join(_highest), "activations": Join(_added)}
         self.gradients: Columns | None = None
+        self.others: dict[str, Columns] = {}
         self.activations: Columns | None = None
-        self.stats = np.zeros((0, 4))
+        self.stats: dict[float, np.ndarray] = {}  # [layers, STATS] by the step of a column of the activations' history
+        self.latest_stats = np.zeros((0, len(STATS)))
+        self.sampling: dict[str, float] = {}
         self.bins = 0
         self._detail: Columns | None = None
         self.tables: dict[str, dict[int, tuple[list[Any], deque[Any]]]] = {kind: {} for kind in KINDS}
@@ -121,6 +132,8 @@ class Recording:
             elif isinstance(event, events.Steps):
                 values = [float("nan") if v is None else v for v in event.loss]
                 self._extend("loss", range(event.first, event.first + len(values)), values)
+                if event.samples_per_s:
+                    self._extend("rate", [event.step], [event.samples_per_s])
             elif isinstance(event, events.Evaluated):
                 for name, value in event.metrics.items():
                     self._extend(f"metric:{name}", [event.step], [value])
@@ -143,8 +156,8 @@ class Recording:
                     return True
         if not more:
             self._stamp = stamp
-            for step, norms in self._joins["gradients"].take(last):
-                self._append_gradients(step, norms)
+            for step, values in self._joins["gradients"].take(last):
+                self._append_gradients(step, values)
             for step, (counts, stats) in self._joins["activations"].take(last):
                 self._append_activations(step, counts, stats)
         return more
@@ -158,6 +171,7 @@ class Recording:
         head, tail = self.tables[kind].setdefault(rank, ([], deque(maxlen=12)))
         slim = table.drop_columns("histogram") if kind == "activations" else table
         (head if len(head) < 3 else tail).append(slim)
+        self.sampling |= {name: table[name][-1].as_py() for name in SAMPLING if name in table.column_names}
         if kind == "memory":
             for name in FIELDS:
                 self._extend(f"memory:{rank}:{name}", table["step"].to_pylist(), table[name].to_pylist())
@@ -172,7 +186,7 @@ class Recording:
         index = np.array([rows.setdefault(name, len(rows)) for name in table["layer"].to_pylist()])
         if known and len(rows) > known:
             return False
-        values = self._norms(table) if kind == "gradients" else self._distributions(table)
+        values = self._quantities(table) if kind == "gradients" else self._distributions(table)
         steps = np.asarray(table["step"])
         bounds = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(steps)]
         for begin, end in zip(bounds, bounds[1:], strict=False):
@@ -192,29 +206,41 @@ class Recording:
         self.links = {name: None if value != value else value for name, value in told.items()}
 
     @staticmethod
-    def _norms(table: pa.Table) -> np.ndarray:
-        """[N, 1]: gradient norms, infinite where an element is not finite."""
-        broken = np.asarray(table["nonfinite"], dtype="f8") > 0
-        return np.where(broken, np.inf, np.asarray(table["norm"], dtype="f8"))[:, None]
+    def _quantities(table: pa.Table) -> np.ndarray:
+        """[N, quantities], NaN where the table does not tell one."""
+        known = {quantity.name: quantity.of(table) for quantity in quantities_of(table.column_names)}
+        return np.column_stack([known.get(quantity.name, np.full(table.num_rows, np.nan)) for quantity in QUANTITIES])
 
     def _distributions(self, table: pa.Table) -> np.ndarray:
-        """[N, 4 + bins]: count, mean, mean square, share of zeros, then the histogram."""
+        """[N, 6 + bins]: count, mean, mean square, zeros, dead, saturated, then the histogram."""
         histogram = np.asarray(table["histogram"].combine_chunks().flatten(), dtype="f8").reshape(table.num_rows, -1)
         self.bins = histogram.shape[1]
         count, mean, std, zeros = (np.asarray(table[name], dtype="f8") for name in ("count", "mean", "std", "zeros"))
-        return np.column_stack([count, mean, std**2 + mean**2, zeros, histogram])
+        untold = np.full(table.num_rows, np.nan)
+        channels = [np.asarray(table[n], dtype="f8") if n in table.column_names else untold for n in ("dead", "saturated")]
+        return np.column_stack([count, mean, std**2 + mean**2, zeros, *channels, histogram])
 
-    def _append_gradients(self, step: int, norms: np.ndarray) -> None:
+    def _append_gradients(self, step: int, values: np.ndarray) -> None:
         if self.gradients is None:
-            self.gradients = Columns(len(norms), COLUMNS)
-        self.gradients.append(step, norms[:, 0])
+            self.gradients = Columns(len(values), COLUMNS)
+        self.gradients.append(step, values[:, 0])
         self._changed.add("gradients")
+        for quantity, column in zip(QUANTITIES[1:], values.T[1:], strict=True):
+            grid = self.others.get(quantity.name)
+            if grid is None:
+                if np.isnan(column).all():
+                    continue
+                grid = self.others[quantity.name] = Columns(len(values), COLUMNS)
+            grid.append(step, column)
+            self._changed.add(f"gradients:{quantity.name}")
 
     def _append_activations(self, step: int, counts: np.ndarray, stats: np.ndarray) -> None:
         if self.activations is None:
             self.activations = Columns(counts.size, HISTORY, merge="sum")
         self.activations.append(step, counts.ravel())
-        self.stats = stats
+        columns = {float(x) for x in self.activations.x}
+        self.stats = {x: held for x, held in [*self.stats.items(), (float(step), stats)] if x in columns or x == step}
+        self.latest_stats = stats
         rows = self._rows_of_layer()
         if rows is not None:
             if self._detail is None:
@@ -222,7 +248,8 @@ class Recording:
             else:
                 self._detail.append(step, counts.ravel()[rows])
             self._changed.add("layer")
-        self._changed.add("activations")
+        if self.step is None:
+            self._changed.add("activations")
 
     def _extend(self, name: str, xs: Iterable[float], ys: Iterable[float]) -> None:
         self.lines.setdefault(name, Line()).extend(xs, ys)
@@ -237,9 +264,14 @@ class Recording:
         self._detail = self.activations.part(rows) if self.activations is not None and rows is not None else None
         self._changed.add("layer")
 
-    def choose_time(self, at: int | None) -> None:
-        """Show the distributions of column ``at`` of the history; None follows the latest."""
-        self.at = at
+    def choose_quantity(self, name: str) -> None:
+        """Show another quantity of the gradients: the ``name`` of one of ``QUANTITIES``."""
+        self.quantity = name
+        self._anew.add(f"gradients:{name}")
+
+    def choose_step(self, step: int | None) -> None:
+        """Show the distributions at ``step``, or at the last reading before it; None follows the latest."""
+        self.step = step
         self._changed.add("activations")
 
     def module_of_layer(self) -> str | None:
@@ -262,40 +294,56 @@ class Recording:
     # -- giving out ---------------------------------------------------------------------------------------------------
 
     def distributions(self) -> Distributions:
-        """Every layer's histogram at the chosen time."""
+        """Every layer's histogram at the chosen step."""
+        counts, at = self._counts()
         assert self.activations is not None
-        last = len(self.activations) - 1
-        at = last if self.at is None else min(self.at, last)
-        counts = np.nan_to_num(self.activations.values[at].reshape(-1, self.bins).astype("f8"))
-        low, inner, outer, high = shown_bins(counts)
-        middle = counts[:, inner:outer].sum(axis=1, keepdims=True)
-        folded = np.hstack([counts[:, low:inner], middle, counts[:, outer:high]])
-        known = edges(self.bins)
-        return Distributions(int(self.activations.x[at]), at, folded, [*known[low : inner + 1], *known[outer : high + 1]])
+        return distributions(counts, int(self.activations.x[at]), at)
+
+    def _counts(self) -> tuple[np.ndarray, int]:
+        """[layers, bins] at the chosen step, and its column."""
+        assert self.activations is not None
+        at = len(self.activations) - 1
+        if self.step is not None:
+            at = max(0, int(np.searchsorted(self.activations.x, self.step, side="right")) - 1)
+        return np.nan_to_num(self.activations.values[at].reshape(-1, self.bins).astype("f8")), at
 
     def write(self, frame: Frame, whole: bool = False) -> None:
         """Add what changed since the last call to ``frame``, or everything."""
-        changed = {"gradients", "activations", "layer", *self.lines} if whole else self._changed
-        self._changed = set()
+        changed = {"gradients", f"gradients:{self.quantity}", "activations", "layer", *self.lines} if whole else self._changed
+        changed, anew = changed | self._anew, self._anew
+        self._changed, self._anew = set(), set()
         if whole:
             self._sent_facts.clear()
-        metrics = [n.removeprefix("metric:") for n in self.lines if n.startswith("metric:")]
-        ranks = sorted({int(n.split(":")[1]) for n in self.lines if n.startswith("memory:")})
-        self.fact(frame, "metrics", metrics)
-        self.fact(frame, "times", self.times())
-        self.fact(frame, "memory", {"ranks": ranks, "total": self.total})
-        self.fact(frame, "layers", {"gradients": self.layers("gradients"), "activations": self.layers("activations")})
-        self.fact(frame, "choice", {"layer": self.layer, "module": self.module_of_layer(), "rank": self.rank})
-        if self.bins:
-            self.fact(frame, "edges", edges(self.bins))
+        for name, value in self.facts().items():
+            self.fact(frame, name, value)
         for name in sorted(changed & set(self.lines)):
             self.lines[name].write(frame, name, whole)
         if "gradients" in changed:
             _write(self.gradients, frame, "gradients", whole)
+        other = f"gradients:{self.quantity}"
+        if other in changed and self.quantity in self.others:
+            _write(self.others[self.quantity], frame, other, whole or other in anew)
         if "activations" in changed and self.activations is not None:
             self._write_distributions(frame)
         if "layer" in changed:
             _write(self._detail, frame, "layer", whole)
+
+    def facts(self) -> dict[str, Any]:
+        """What the page is told beside numbers: names, choices, units, by the name of the fact."""
+        metrics = [n.removeprefix("metric:") for n in self.lines if n.startswith("metric:")]
+        ranks = sorted({int(n.split(":")[1]) for n in self.lines if n.startswith("memory:")})
+        told = [q for q in QUANTITIES if q.name == "norm" or q.name in self.others]
+        choice = {"layer": self.layer, "module": self.module_of_layer(), "rank": self.rank, "quantity": self.quantity}
+        facts: dict[str, Any] = {
+            "metrics": metrics,
+            "times": self.times(),
+            "memory": {"ranks": ranks, "total": self.total},
+            "layers": {kind: self.layers(kind) for kind in ("gradients", "activations")},
+            "choice": choice,
+            "quantities": [{n: getattr(q, n) for n in ("name", "label", "log", "block", "meaning")} for q in told],
+            "sampling": {n: float(f"{v:.3g}") for n, v in self.sampling.items() if v is not None and 0 <= v <= 1},
+        }
+        return facts | ({"edges": edges(self.bins)} if self.bins else {})
 
     def times(self) -> dict[str, Any]:
         """Ranks whose steps were timed, their links, and the share of a step for which the rank that waits least waits."""
@@ -310,16 +358,12 @@ class Recording:
 
     def _write_distributions(self, frame: Frame) -> None:
         assert self.activations is not None
-        shown = self.distributions()
-        # A byte a cell is as fine as the eye sees.
-        levels = np.round(255 * shown.levels).astype(np.uint8)
-        _, mean, square, zeros = self.stats.T
-        stats = np.column_stack([mean, np.sqrt(np.maximum(square - mean**2, 0)), zeros])
-        if self.at is not None:
-            stats = stats[:0]  # those of earlier steps are not kept
-        self.fact(frame, "bins", [float(f"{edge:.6g}") for edge in shown.edges])
-        shape = {"rows": levels.shape[0], "bins": levels.shape[1], "stats": len(stats)}
-        frame.add("levels", "activations", stats, packed=levels, **shape, step=shown.step, at=shown.at, of=len(self.activations))
+        counts, at = self._counts()
+        step, of = float(self.activations.x[at]), len(self.activations)
+        stats = self.latest_stats if at == of - 1 else self.stats.get(step, np.zeros((0, len(STATS))))
+        packed = levels(counts)
+        shape = {"rows": packed.shape[0], "bins": packed.shape[1], "stats": stats.size}
+        frame.add("levels", "activations", stats, packed=packed, **shape, step=int(step), at=at, of=of)
 
     def frame_of(self, kind: str) -> pd.DataFrame:
         """The first and the last readings of ``kind`` with their ranks, as :mod:`workbench.diagnosis` takes them."""
@@ -328,55 +372,6 @@ class Recording:
         kept = self.tables[kind].items()
         parts = [table.to_pandas().assign(rank=rank) for rank, (head, tail) in kept for table in [*head, *tail]]
         return pd.concat(parts, ignore_index=True).sort_values("step", kind="stable") if parts else pd.DataFrame()
-
-
-@dataclass(frozen=True)
-class Distributions:
-    """Histograms of all layers at one step.
-
-    Attributes:
-        step, at: of the reading, and its column in the history.
-        counts: [layers, bins], values near zero folded into one bin.
-        edges: of the bins, one more than bins.
-    """
-
-    step: int
-    at: int
-    counts: np.ndarray
-    edges: list[float]
-
-    @property
-    def levels(self) -> np.ndarray:
-        """Counts as shares of each layer's fullest bin; the root lifts the tails."""
-        return np.sqrt(self.counts / np.maximum(self.counts.max(axis=1, keepdims=True), 1))
-
-
-def shown_bins(counts: np.ndarray) -> tuple[int, int, int, int]:
-    """Which bins to draw of ``counts`` [layers, bins]: (low, inner, outer, high).
-
-    Bins inner … outer - 1, about zero, are drawn as one: of no layer do they hold over a twentieth of the values that are not
-    zero. Outside low … high - 1 no layer has a five-hundredth of its values.
-    """
-    bins = counts.shape[1]
-    middle = bins // 2
-    total = np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    present = np.flatnonzero((counts / total > 0.002).any(axis=0))
-    low, high = (int(present[0]), int(present[-1]) + 1) if len(present) else (middle - 4, middle + 5)
-    sizes = counts[:, middle + 1 :] + counts[:, middle - 1 :: -1]  # by distance from zero
-    share = np.cumsum(sizes, axis=1) / np.maximum(sizes.sum(axis=1, keepdims=True), 1)
-    folded = int((share.max(axis=0) <= 0.05).sum())
-    folded = min(folded, bins // 2 - 4)
-    inner, outer = middle - folded, middle + 1 + folded
-    return min(low, inner - 1), inner, outer, max(high, outer + 1)
-
-
-def edges(bins: int) -> list[float]:
-    """Finite edges of the histogram's bins: those of ``workbench.probes.EDGES``, the outermost one bin beyond their neighbours.
-
-    Written out here, since that package imports torch, which would cost the kernel seconds; a test holds them equal.
-    """
-    magnitudes = [2.0 ** ((k - 32) / 2) for k in range((bins - 1) // 2 + 1)]
-    return [*(-m for m in reversed(magnitudes)), *magnitudes]
 
 
 def _write(columns: Columns | None, frame: Frame, name: str, whole: bool) -> None:
@@ -394,7 +389,11 @@ def _highest(readings: list[np.ndarray]) -> np.ndarray:
 
 
 def _added(readings: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Histograms [layers, bins] added, and [layers, 4] count, mean, mean square, zeros weighted by count."""
-    count = np.nansum([r[:, 0] for r in readings], axis=0)
-    weighted = np.nansum([r[:, 1:4] * r[:, :1] for r in readings], axis=0) / np.maximum(count, 1)[:, None]
-    return np.nansum([r[:, 4:] for r in readings], axis=0), np.column_stack([count, weighted])
+    """Histograms [layers, bins] added, and [layers, STATS] of the whole: means weighted by the ranks' counts."""
+    count = np.nansum([r[:, :1] for r in readings], axis=0)
+    told = np.nansum([r[:, 1:6] * r[:, :1] for r in readings], axis=0) / np.maximum(count, 1)
+    told[np.all([np.isnan(r[:, 1:6]) for r in readings], axis=0)] = np.nan
+    mean, square, *shares = told.T
+    return np.nansum([r[:, 6:] for r in readings], axis=0), np.column_stack(
+        [mean, np.sqrt(np.maximum(square - mean**2, 0)), *shares]
+    )
