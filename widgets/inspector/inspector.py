@@ -142,11 +142,9 @@ class Inspector(LiveWidget):
     def _diagnose(self) -> None:
         """Findings that the run reported, and those of its readings now; one of a name."""
         assert self.run is not None and self.recording is not None
-        tables = {kind: self.recording.frame_of(kind) for kind in ("gradients", "activations", "communication")}
-        now = diagnosis.diagnose(self.run.history, **tables)
-        reported = {finding.name: finding for finding in self.run.findings}
-        found = [*now, *(f for name, f in reported.items() if name not in {n.name for n in now})]
-        self._findings = sorted(found, key=lambda f: diagnosis.SEVERITIES.index(f.severity))
+        tables: dict[str, Any] = {kind: self.recording.frame_of(kind) for kind in diagnosis.KINDS}
+        now = diagnosis.diagnose(self.run.history, **tables, config=diagnosis.config_now(self.run))
+        self._findings = diagnosis.gathered(self.run, now)
         self._last_diagnosis = time.monotonic()
 
     def _catch_up(self) -> Recording | None:

@@ -1,0 +1,46 @@
+"""Rules on memory: a leak."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from workbench.diagnosis.base import Tables, finding, last_step, rule
+from workbench.events import Finding
+
+READINGS = 20
+"""Fewest readings that show growth."""
+GROWTH = 32 * 2**20
+"""Bytes of growth over these readings below which nothing is said."""
+
+
+@rule
+def memory_leak(tables: Tables) -> list[Finding]:
+    """What is allocated grows step over step, evenly, beyond its noise; the first quarter of the readings is not counted.
+
+    An allocator that fills its caches grows ever more slowly, and in jumps: growth counts where each third of the readings adds
+    its share, and a line explains nearly all of it.
+    """
+    memory = tables.memory
+    if memory.empty or "allocated" not in memory:
+        return []
+    for rank, rows in memory.groupby("rank"):
+        by_step = rows.drop_duplicates("step").sort_values("step")
+        settled = by_step.iloc[len(by_step) // 4 :]
+        step, used = settled["step"].to_numpy(dtype="f8"), settled["allocated"].to_numpy(dtype="f8")
+        if len(used) < READINGS or used[-1] - used[0] < max(GROWTH, 0.02 * used[0]):
+            continue
+        slope, base = np.polyfit(step, used, 1)
+        left = used - (slope * step + base)
+        thirds = np.diff(np.interp(np.linspace(step[0], step[-1], 4), step, used))
+        if 1 - left.var() / used.var() < 0.95 or thirds.min() < 0.2 * (used[-1] - used[0]):
+            continue
+        total = float(rows["total"].iloc[-1]) if "total" in rows else 0.0
+        ends = f"; at this pace it is full in {(total - used[-1]) / slope:,.0f} steps" if total > used[-1] else ""
+        message = (
+            f"Memory leaks on rank {rank}: {slope / 2**20:.3g} MiB more each step, {used[-1] / 2**20:,.0f} MiB now{ends}. "
+            "Something keeps tensors of every step: look for lists of losses or outputs, and detach() what they hold."
+        )
+        off = {f"probes.{name}.every": 0 for name in ("activations", "gradients")}
+        more = {"probes.more": {}} if tables.settings.get("probes.more") else {}
+        return finding(tables, "memory_leak", "warning", last_step(rows), message, *([more] if more else []), off)
+    return []
