@@ -28,6 +28,7 @@ probes
 diagnosis
 attribution_config attribution
 training
+remedies
 memory
 cluster
 compress

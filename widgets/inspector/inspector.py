@@ -8,6 +8,7 @@ Where no page listens (papermill, nbconvert, nbval) it is a small static drawing
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,8 @@ from widgets.frames import Frame
 from widgets.inspector import figures
 from widgets.inspector.recording import Recording
 from widgets.live_plot import LiveWidget, module
-from workbench import diagnosis, events
-from workbench.run import TERMINAL, Run
+from workbench import diagnosis, events, remedies
+from workbench.run import TERMINAL, Run, runs_folder
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -57,6 +58,7 @@ class Inspector(LiveWidget):
         self.run: Run | None = None
         self.recording: Recording | None = None
         self._findings: list[events.Finding] = []
+        self._applied: dict[str, str] = {}
         self._problem = ""
         self._last_look = self._last_diagnosis = 0.0
         super().__init__(static=static)
@@ -72,7 +74,7 @@ class Inspector(LiveWidget):
         with self._lock:
             self._stop_following()
             self.run, self.recording = run, Recording(run)
-            self._findings, self._problem = [], ""
+            self._findings, self._applied, self._problem = [], {}, ""
             self._last_look = self._last_diagnosis = 0.0
             if self.static:
                 return
@@ -168,7 +170,15 @@ class Inspector(LiveWidget):
         self.recording.write(frame, whole)
         self.recording.fact(frame, "header", self._header(self.run, self.recording))
         told = {"severity", "message", "layer", "step", "name"}
-        rows = [{**finding.model_dump(include=told), "remedy": remedy_text(finding)} for finding in self._findings]
+        rows = [
+            {
+                **finding.model_dump(include=told),
+                "remedy": remedy_text(finding),
+                "code": remedy_code(self.run, finding),
+                "applied": self._applied.get(finding.name, ""),
+            }
+            for finding in self._findings
+        ]
         self.recording.fact(frame, "findings", rows)
 
     def _header(self, run: Run, recording: Recording) -> dict[str, Any]:
@@ -208,6 +218,8 @@ class Inspector(LiveWidget):
                 recording.choose_layer(value if value in known else None)
             elif kind == "time":
                 recording.choose_time(value if isinstance(value, int) and value >= 0 else None)
+            elif kind == "apply" and isinstance(value, str):
+                self._apply(value)
             elif kind == "rank" and (value is None or isinstance(value, int)) and value != recording.rank:
                 recording.rank = value
                 recording.reset_readings()
@@ -217,6 +229,24 @@ class Inspector(LiveWidget):
                 self._publish(whole=True)
                 return
             self._publish()
+
+    def _apply(self, name: str) -> None:
+        """Apply a finding's remedy from a thread: starting a run takes seconds, and a callback posts and returns."""
+        finding = next((f for f in self._findings if f.name == name and f.remedy), None)
+        if finding is None or self.run is None or name in self._applied:
+            return
+        self._applied[name] = "applying …"
+        threading.Thread(target=self._carry_out, args=(self.run, finding), name="apply", daemon=True).start()
+
+    def _carry_out(self, run: Run, finding: events.Finding) -> None:
+        try:
+            words = remedies.apply(run, finding).words
+        except Exception as error:
+            words = str(error)
+        with self._lock:
+            if run is self.run:
+                self._applied[finding.name] = words
+                self._publish()
 
     def _static_html(self) -> str:
         with self._lock:
@@ -230,6 +260,14 @@ class Inspector(LiveWidget):
 def remedy_text(finding: events.Finding) -> str:
     """The remedy as overrides a person can paste: ``optim.lr=0.001 clip.mode=dynamic``."""
     return " ".join(f"{name}={value}" for name, value in finding.remedy.items())
+
+
+def remedy_code(run: Run, finding: events.Finding) -> str:
+    """What the Apply button runs; empty where no setting cures it."""
+    if not finding.remedy:
+        return ""
+    name = run.id if run.path.parent == runs_folder() else str(run.path)
+    return f"from workbench import Run, apply\n\nprint(apply(Run.open({name!r}), {finding.remedy!r}))\n"
 
 
 def _compact(count: int) -> str:

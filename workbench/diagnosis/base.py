@@ -118,8 +118,9 @@ def smooth_loss(history: pd.DataFrame) -> pd.Series:
 
 def first_loss(history: pd.DataFrame) -> float:
     """The loss that the run began with: the median of its first five; 0 when there is none."""
-    loss = history["loss"][finite(history["loss"])] if "loss" in history else []
-    return float(loss.iloc[:5].median()) if len(loss) else 0.0
+    if "loss" not in history or not finite(history["loss"]).any():
+        return 0.0
+    return float(history["loss"][finite(history["loss"])].iloc[:5].median())
 
 
 def recent(table: pd.DataFrame, readings: int = RECENT) -> pd.DataFrame:
@@ -143,13 +144,15 @@ def named(layers: Sequence[str]) -> str:
 
 
 def non_finite(tables: Tables, table: pd.DataFrame, name: str, what: str, *remedies: Remedy) -> list[Finding]:
-    """A finding where recent readings hold NaN or infinity, more than the odd step that loss scaling skips."""
+    """A finding where recent readings hold NaN or infinity; in fp16, more than the odd step that loss scaling skips."""
     rows = recent(table)
     if rows.empty:
         return []
     broken = rows[rows["nonfinite"] > 0]
     steps = broken["step"].nunique()
-    if broken.empty or (steps == 1 and rows["step"].nunique() > 2 and broken["step"].iloc[0] != rows["step"].max()):
+    scaled = tables.settings.get("precision", "fp16") == "fp16"
+    odd = steps == 1 and rows["step"].nunique() > 2 and broken["step"].iloc[0] != rows["step"].max()
+    if broken.empty or (scaled and odd):
         return []
     first = broken[broken["step"] == broken["step"].min()]
     layers = list(dict.fromkeys(first["layer"]))

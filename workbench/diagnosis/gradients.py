@@ -71,8 +71,9 @@ def vanishing_gradients(tables: Tables) -> list[Finding]:
     ratio = (weights["norm"] / weights["weight_norm"]).groupby(by_layer, sort=False).median()
     typical = float(ratio.quantile(0.75))
     starved = ratio[ratio < max(STARVED * typical, 1e-12)].sort_values()
-    updates = weights["update_ratio"].groupby(by_layer, sort=False).median() if "update_ratio" in weights else None
-    if updates is not None and updates.notna().any():
+    known = weights[finite(weights["update_ratio"])] if "update_ratio" in weights else weights.iloc[:0]
+    if len(known):
+        updates = known["update_ratio"].groupby(known["layer"], sort=False).median()
         still = updates[updates < 0.01 * float(updates.quantile(0.75))].index
         starved = starved[starved.index.isin(still)]
     elif tables.adaptive:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from workbench.diagnosis.base import Tables, finding, last_step, rule
+from workbench.diagnosis.base import Remedy, Tables, finding, last_step, rule
 from workbench.events import Finding
 
 READINGS = 20
@@ -41,6 +41,6 @@ def memory_leak(tables: Tables) -> list[Finding]:
             "Something keeps tensors of every step: look for lists of losses or outputs, and detach() what they hold."
         )
         off = {f"probes.{name}.every": 0 for name in ("activations", "gradients")}
-        more = {"probes.more": {}} if tables.settings.get("probes.more") else {}
+        more: Remedy = {"probes.more": {}} if tables.settings.get("probes.more") else {}
         return finding(tables, "memory_leak", "warning", last_step(rows), message, *([more] if more else []), off)
     return []
