@@ -163,14 +163,22 @@ FAULTS: dict[str, Fault] = {
     "NaN": Fault("non_finite_loss", {"optim.name": "sgd", "optim.lr": 50.0}, 40, {"log_every": 5}),
     "NaN gradients": Fault("non_finite_gradients", {"optim.name": "sgd", "optim.lr": 50.0}, 40, {"log_every": 20, **FINE}),
     "NaN outputs": Fault("non_finite_activations", {"optim.name": "sgd", "optim.lr": 50.0}, 40, {"log_every": 20, **FINE}),
-    "diverging": Fault("diverging_loss", {"optim.lr": 0.3}, 120, {"model__args__depth": 5}),
+    "diverging": Fault(
+        "diverging_loss", {"optim.lr": 3.0}, 60, {"optim__name": "sgd", "optim__lr": 0.05, "model__args__act": "Tanh"}
+    ),
     "plateau": Fault("plateau", {"optim.lr": 1e-6}, 160),
     "noise": Fault("noisy_loss", {"data.batch_size": 1, "max_steps": 300}, 120, {"optim__name": "sgd", "optim__lr": 0.05}),
     "over-fitting": Fault(
         "overfitting",
         {"epochs": 40},
         300,
-        {**CIFAR, "data__limit": 500, "data__augment": (), "model__args__width": 128, "epochs": 8},
+        {
+            **CIFAR,
+            "data__limit": 500,
+            "data__augment": (),
+            "model__args": {"size": 32, "depth": 2, "width": 128, "act": "ReLU"},
+            "epochs": 8,
+        },
     ),
     "exploding": Fault("exploding_gradients", {"model.args.gain": 4.0}, 20, {"optim__name": "sgd", "optim__lr": 0.05, **FINE}),
     "vanishing": Fault(
@@ -201,7 +209,7 @@ FAULTS: dict[str, Fault] = {
         "starved_step",
         {"data.placement": "loader", "data.workers": 0},
         40,
-        {**CIFAR, "data__limit": 1500, "data__augment": ("trivial",), "epochs": 2},
+        {**CIFAR, "data__limit": 1500, "data__augment": ("trivial",), "model__args__size": 32, "epochs": 2},
         costs=False,
     ),
     "slow rank": Fault(

@@ -17,8 +17,9 @@ DEAD_UNITS, SATURATED_UNITS = 0.5, 0.5
 @rule
 def non_finite_activations(tables: Tables) -> list[Finding]:
     """Layers put out NaN or infinities."""
-    cure: Remedy = {**tables.slower(5), "precision": "fp32"}
-    remedies = [{"precision": "bf16"}, cure] if tables.settings.get("precision") == "fp16" else [cure]
+    remedies: list[Remedy] = [{**tables.slower(5), "precision": "fp32"}, {**tables.slower(100), "clip.mode": "fixed"}]
+    if tables.settings.get("precision") == "fp16":
+        remedies.insert(0, {"precision": "bf16"})
     return non_finite(tables, tables.activations, "non_finite_activations", "output", *remedies)
 
 

@@ -23,9 +23,9 @@ ADAM_EPSILON = 1e-8
 @rule
 def non_finite_gradients(tables: Tables) -> list[Finding]:
     """Gradients hold NaN or infinities, more than the odd step that loss scaling skips."""
-    cure: Remedy = {**tables.slower(5), "clip.mode": "fixed"}
-    half = tables.settings.get("precision") == "fp16"
-    remedies = [{"precision": "bf16"}, cure] if half else [cure]
+    remedies: list[Remedy] = [{**tables.slower(factor), "clip.mode": "fixed"} for factor in (5, 100)]
+    if tables.settings.get("precision") == "fp16":
+        remedies.insert(0, {"precision": "bf16"})
     return non_finite(tables, tables.gradients, "non_finite_gradients", "gradient", *remedies)
 
 

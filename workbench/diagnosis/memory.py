@@ -7,9 +7,9 @@ import numpy as np
 from workbench.diagnosis.base import Remedy, Tables, finding, last_step, rule
 from workbench.events import Finding
 
-READINGS = 20
-"""Fewest readings that show growth."""
-GROWTH = 32 * 2**20
+READINGS, SPAN = 40, 5
+"""Fewest readings that show growth, and readings apart of two that are compared."""
+GROWTH = 48 * 2**20
 """Bytes of growth over these readings below which nothing is said."""
 
 
@@ -17,8 +17,8 @@ GROWTH = 32 * 2**20
 def memory_leak(tables: Tables) -> list[Finding]:
     """What is allocated grows step over step, evenly, beyond its noise; the first quarter of the readings is not counted.
 
-    An allocator that fills its caches grows ever more slowly, and in jumps: growth counts where each third of the readings adds
-    its share, and a line explains nearly all of it.
+    What fills once (caches, libraries loaded late) grows ever more slowly, and in jumps. A leak grows at every pair of readings
+    alike: the median growth over a few readings is near the mean one, early and late, and a line explains nearly all of it.
     """
     memory = tables.memory
     if memory.empty or "allocated" not in memory:
@@ -31,8 +31,9 @@ def memory_leak(tables: Tables) -> list[Finding]:
             continue
         slope, base = np.polyfit(step, used, 1)
         left = used - (slope * step + base)
-        thirds = np.diff(np.interp(np.linspace(step[0], step[-1], 4), step, used))
-        if 1 - left.var() / used.var() < 0.95 or thirds.min() < 0.2 * (used[-1] - used[0]):
+        paces = (used[SPAN:] - used[:-SPAN]) / (step[SPAN:] - step[:-SPAN])
+        slowest = min(float(np.median(part)) for part in np.array_split(paces, 3))
+        if 1 - left.var() / used.var() < 0.95 or slowest < 0.4 * slope:
             continue
         total = float(rows["total"].iloc[-1]) if "total" in rows else 0.0
         ends = f"; at this pace it is full in {(total - used[-1]) / slope:,.0f} steps" if total > used[-1] else ""
