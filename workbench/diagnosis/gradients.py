@@ -58,8 +58,8 @@ def exploding_gradients(tables: Tables) -> list[Finding]:
 def vanishing_gradients(tables: Tables) -> list[Finding]:
     """Some weights get a vanishing gradient, relative to their size, beside the typical layer's, and so don't move.
 
-    Biases are left out: before a normalization their gradient is zero by construction. Where updates were read, a layer that
-    moves as others do is not starved; under Adam, whose updates don't follow the gradients' size, one is only below its epsilon.
+    Biases are left out: before a normalization their gradient is zero by construction. Under Adam, whose updates don't follow the
+    gradients' size, a layer is starved only below its epsilon. Updates as read don't tell: weight decay moves starved layers too.
     """
     rows = recent(tables.gradients)
     if rows.empty or rows["step"].nunique() < 3:
@@ -71,12 +71,7 @@ def vanishing_gradients(tables: Tables) -> list[Finding]:
     ratio = (weights["norm"] / weights["weight_norm"]).groupby(by_layer, sort=False).median()
     typical = float(ratio.quantile(0.75))
     starved = ratio[ratio < max(STARVED * typical, 1e-12)].sort_values()
-    known = weights[finite(weights["update_ratio"])] if "update_ratio" in weights else weights.iloc[:0]
-    if len(known):
-        updates = known["update_ratio"].groupby(known["layer"], sort=False).median()
-        still = updates[updates < 0.01 * float(updates.quantile(0.75))].index
-        starved = starved[starved.index.isin(still)]
-    elif tables.adaptive:
+    if tables.adaptive:
         largest = weights["max"].groupby(by_layer, sort=False).median()
         starved = starved[largest[starved.index] < ADAM_EPSILON]
     if len(ratio) < 3 or typical <= 0 or starved.empty:
