@@ -75,7 +75,7 @@ def apply(run: Run, finding: Finding | Mapping[str, Any]) -> Applied:
     config = cast(TrainConfig, config_now(run).override(changes))
     told = " ".join(f"{key}={value}" for key, value in changes.items())
     status = run.status
-    if status in ("running", "paused", "hung") and all(key in LIVE for key in changes):
+    if status in ("starting", "running", "paused", "hung") and all(key in LIVE for key in changes):
         run.set(**{LIVE[key]: value for key, value in changes.items()})
         return Applied(run, "live", changes, f"Set {told} in the running {run.id}, from its next step on.")
     checkpoint = run.checkpoints[-1] if run.checkpoints and status != "finished" else None

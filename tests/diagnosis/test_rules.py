@@ -202,7 +202,7 @@ def test_gradients_vanish_for_adam_only_below_its_epsilon() -> None:
 
 @pytest.mark.parametrize(("factor", "expected"), [(1e-10, ["gradient_underflow"]), (1.0, [])])
 def test_underflow_shows_in_gradients_that_fp16_computed(factor: float, expected: list[str]) -> None:
-    """A perceptron and the digits under autocast, its loss as given and scaled by 2^16: rounded for real, counted as by the probe."""
+    """A perceptron and the digits under autocast, its loss as given and scaled by 2^16; counted as by the probe."""
     import torch
     from torch import nn
 
