@@ -13,6 +13,7 @@ from workbench.cli import main
 from workbench.diagnosis import config_now
 from workbench.errors import NonFiniteLoss, RunError
 from workbench.events import CommandApplied, Finding
+from workbench.training import carry_out
 
 SMALL = TrainConfig(data={"name": "digits", "batch_size": 64}, model={"name": "mlp"}, device="cpu", precision="fp32", log_every=2)
 SLOW = SMALL.override({"optim.lr": 1e-6, "epochs": 9, "checkpoint.every_epochs": 3})
@@ -32,7 +33,7 @@ def said(**changes: Any) -> Finding:
     )
 
 
-def test_a_running_job_takes_rate_decay_and_clipping_and_keeps_them_over_a_restart() -> None:
+def test_a_running_job_takes_rate_decay_and_clipping() -> None:
     run = launch(SMALL.override({"epochs": 1000, "optim.lr": 0.01, "schedule.name": "constant", "schedule.warmup": 0.0}))
     until(lambda: run.progress.step > 5)
     changes = {"optim.lr": 0.002, "optim.weight_decay": 0.01, "clip.mode": "fixed", "clip.max_norm": 1e-3}
@@ -43,17 +44,23 @@ def test_a_running_job_takes_rate_decay_and_clipping_and_keeps_them_over_a_resta
     now = config_now(run)
     assert now == run.config.override(changes)  # advice starts from here
     until(lambda: run.progress.step > event.step + 20)
-    run.stop()
-    run.wait(60)
     rates = run.history["lr"]
     assert rates.iloc[event.step - 1] == 0.01 and (rates.iloc[event.step :] == 0.002).all()
-    run.resume()
-    until(lambda: run.status == "running" and run.progress.step > len(rates) + 5)
     run.set(lr=0.004)
     later = until(lambda: [e for e in run.events if isinstance(e, CommandApplied) and "lr" in e.settings])[0]
     until(lambda: run.progress.step > later.step + 2)
     assert config_now(run).flat()["optim.lr"] == pytest.approx(0.004)  # a rate in words of its peak
     run.kill()
+
+
+def test_what_was_set_outlives_a_restart() -> None:
+    config = SMALL.override({"max_steps": 9, "optim.name": "sgd", "optim.lr": 0.5})
+    changes = (2, "set", {"clip_mode": "fixed", "clip_max_norm": 1e-3, "peak": 0.1})
+    whole = train(config, replay=[changes]).run
+    parted = train(config, replay=[changes, (5, "stop", {})]).run
+    (parted.path / "replay.json").unlink()
+    carry_out(parted)
+    assert parted.history["loss"].equals(whole.history["loss"]) and parted.history["lr"].equals(whole.history["lr"])
 
 
 def test_clipping_can_be_set_while_training_and_repeated_from_the_record() -> None:
