@@ -141,6 +141,7 @@ class Fault:
         healthy: changes to :func:`config`.
         nproc: processes.
         needs: the kind of reading and the column that the rule reads.
+        fresh: in a process of its own, so that memory given back by earlier runs does not hide what this one takes.
         costs: whether the fault costs accuracy, so that its cure must bring it back.
     """
 
@@ -150,6 +151,7 @@ class Fault:
     healthy: Mapping[str, Any] = field(default_factory=dict)
     nproc: int = 1
     needs: tuple[str, str] | None = None
+    fresh: bool = False
     costs: bool = True
 
     @property
@@ -185,13 +187,13 @@ FAULTS: dict[str, Fault] = {
         "exploding_gradients",
         {"model.args.gain": 6.0},
         20,
-        {"optim__name": "sgd", "optim__lr": 0.02, "model__args__depth": 5, **FINE},
+        {"optim__name": "sgd", "optim__lr": 0.1, "model__args__depth": 4, **FINE},
     ),
     "vanishing": Fault(
         "vanishing_gradients",
         {"optim.name": "sgd", "optim.lr": 0.05},
         30,
-        {"model__args": {"depth": 10, "act": "Tanh", "gain": 0.25}},
+        {"model__args": {"depth": 8, "act": "Tanh", "gain": 0.2}, "epochs": 25},
     ),
     "fp16 underflow": Fault(
         "gradient_underflow",
@@ -212,6 +214,7 @@ FAULTS: dict[str, Fault] = {
         {"model.args.kept": 1 << 19},
         120,
         {"model__name": f"{HERE}:leaky", "model__args": {"kept": 1}},
+        fresh=True,
         costs=False,
     ),
     "slow input": Fault(
@@ -263,9 +266,9 @@ def healthy(seed: int) -> dict[str, TrainConfig]:
 # -- runs ------------------------------------------------------------------------------------------------------------------
 
 
-def carried_out(settings: TrainConfig, folder: Path, nproc: int = 1) -> Run:
-    """The run of a config, finished or failed."""
-    if nproc > 1:
+def carried_out(settings: TrainConfig, folder: Path, nproc: int = 1, fresh: bool = False) -> Run:
+    """The run of a config, finished or failed; in this process, unless it needs more or a fresh one."""
+    if nproc > 1 or fresh:
         return launch(settings, nproc, root=folder).wait(check=False)
     before = set(folder.glob("*"))
     try:
@@ -303,7 +306,7 @@ def reference(base: str, folder: Path) -> float:
 def try_fault(fault: Fault, folder: Path) -> list[str]:
     """Cells of the table: found at step, also found, the remedy, cured, accuracies spoilt, cured and healthy."""
     spoilt = fault.base.override(fault.spoilt)
-    run = carried_out(spoilt, folder, fault.nproc)
+    run = carried_out(spoilt, folder, fault.nproc, fault.fresh)
     if run.history.empty:
         return [run.error or "no step", *[""] * 6]
     if fault.needs is not None and fault.needs[1] not in run.readings(fault.needs[0]):
@@ -318,7 +321,7 @@ def try_fault(fault: Fault, folder: Path) -> list[str]:
     tried, after = "no setting would", float("nan")
     cured = "no"
     for number, remedy in enumerate(finding.remedies, 1):
-        again = carried_out(spoilt.override(remedy), folder, fault.nproc)
+        again = carried_out(spoilt.override(remedy), folder, fault.nproc, fault.fresh)
         after = accuracy(again)
         tried = f"{number}: " + " ".join(f"{name}={value}" for name, value in remedy.items())
         gone = again.status == "finished" and fault.finding not in {f.name for f in findings_of(again)}

@@ -117,10 +117,14 @@ def smooth_loss(history: pd.DataFrame) -> pd.Series:
 
 
 def first_loss(history: pd.DataFrame) -> float:
-    """The loss that the run began with: the median of its first five; 0 when there is none."""
+    """The loss that the run began with; 0 when there is none.
+
+    The median of its first five, or the very first, which no step has yet moved, where that is lower.
+    """
     if "loss" not in history or not finite(history["loss"]).any():
         return 0.0
-    return float(history["loss"][finite(history["loss"])].iloc[:5].median())
+    loss = history["loss"][finite(history["loss"])]
+    return min(float(loss.iloc[:5].median()), float(loss.iloc[0]))
 
 
 def recent(table: pd.DataFrame, readings: int = RECENT) -> pd.DataFrame:

@@ -48,7 +48,7 @@ def plateau(tables: Tables) -> list[Finding]:
     start, half = first_loss(tables.history), loss.iloc[len(loss) // 2 :]
     third = len(half) // 3
     before, after = float(half.iloc[:third].median()), float(half.iloc[-third:].median())
-    if start > 0 and after > 0.8 * start and abs(before - after) < 0.02 * abs(before):
+    if start > 0 and after > 0.95 * start and abs(before - after) < 0.02 * abs(before):
         message = f"The loss has hardly moved in {len(loss)} steps: {start:.3g} at first, {after:.3g} now."
         timid = 0 < tables.lr < 1e-4
         better: Remedy = {"optim.lr": 1e-3} if timid else {"optim.name": "adamw", "optim.lr": 1e-3}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from workbench.diagnosis.base import Remedy, Tables, finding, last_step, rule
+from workbench.diagnosis.base import Tables, finding, last_step, rule
 from workbench.events import Finding
 
 READINGS, SPAN = 40, 5
@@ -41,7 +41,5 @@ def memory_leak(tables: Tables) -> list[Finding]:
             f"Memory leaks on rank {rank}: {slope / 2**20:.3g} MiB more each step, {used[-1] / 2**20:,.0f} MiB now{ends}. "
             "Something keeps tensors of every step: look for lists of losses or outputs, and detach() what they hold."
         )
-        off = {f"probes.{name}.every": 0 for name in ("activations", "gradients")}
-        more: Remedy = {"probes.more": {}} if tables.settings.get("probes.more") else {}
-        return finding(tables, "memory_leak", "warning", last_step(rows), message, *([more] if more else []), off)
+        return finding(tables, "memory_leak", "warning", last_step(rows), message)
     return []
