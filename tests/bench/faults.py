@@ -29,8 +29,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from workbench import Run, TrainConfig, WorkbenchError, launch, train
+from workbench.data.config import DataConfig
+from workbench.data.splits import Arrays, Splits, load_splits
 from workbench.diagnosis import KINDS, config_now, diagnose, findings_of
 from workbench.events import Finding
 
@@ -111,6 +114,27 @@ class Faint(nn.Module):
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         return self.factor * nn.functional.cross_entropy(output.float(), target)
+
+
+class Slow(Dataset[Any]):
+    """Samples, each behind a pause, as from a slow disk."""
+
+    def __init__(self, samples: Arrays, pause: float) -> None:
+        self.x, self.y, self.pause = samples.x.float() / 16, samples.y, pause
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        time.sleep(self.pause)
+        return self.x[index], self.y[index]
+
+
+def slow_digits(pause: float) -> Splits:
+    """The digits as a torch dataset, each sample behind ``pause`` seconds."""
+    splits = load_splits(DataConfig())
+    assert isinstance(splits.train, Arrays) and isinstance(splits.eval, Arrays)
+    return Splits(Slow(splits.train, pause), Slow(splits.eval, 0.0), classes=splits.classes)
 
 
 # -- faults ----------------------------------------------------------------------------------------------------------------
@@ -219,9 +243,9 @@ FAULTS: dict[str, Fault] = {
     ),
     "slow input": Fault(
         "starved_step",
-        {"data.placement": "loader", "data.workers": 0},
+        {"data.workers": 0},
         40,
-        {**CIFAR, "data__limit": 1500, "data__augment": ("trivial",), "model__args__size": 32, "epochs": 2},
+        {"data__name": f"{HERE}:slow_digits", "data__args": {"pause": 5e-4}, "epochs": 2},
         costs=False,
     ),
     "slow rank": Fault(

@@ -50,8 +50,9 @@ def exploding_gradients(tables: Tables) -> list[Finding]:
     against = f"{now / weights:.3g} times the weights'" if weights > 0 else "while the weights are zero"
     message = f"Gradients explode: their norm is {now:.3g}, {against}; most of it in {worst}."
     cure: Remedy = {"clip.mode": "dynamic", **tables.slower(5)}
-    other: Remedy = {"clip.mode": "fixed", "optim.name": "adamw", "optim.lr": 1e-3}
-    return finding(tables, "exploding_gradients", "error", int(total.index[-1]), message, cure, other, layer=worst)
+    # Updates free of the gradients' scale; of large weights, only larger ones move much.
+    others: list[Remedy] = [{"clip.mode": "fixed", "optim.name": "adamw", "optim.lr": rate} for rate in (1e-3, 1e-2)]
+    return finding(tables, "exploding_gradients", "error", int(total.index[-1]), message, cure, *others, layer=worst)
 
 
 @rule

@@ -100,9 +100,10 @@ def host_bound(tables: Tables) -> list[Finding]:
 
 
 def _samples(tables: Tables) -> list[Remedy]:
-    """Samples in the device's memory, or more processes that fetch them."""
+    """More processes that fetch them, or all in the device's memory: first where the config keeps them elsewhere."""
     workers = max(8, 2 * int(tables.settings.get("data.workers", 2)))
-    return [{"data.placement": "device"}, {"data.placement": "loader", "data.workers": workers}]
+    remedies: list[Remedy] = [{"data.workers": workers}, {"data.placement": "device"}]
+    return remedies if tables.settings.get("data.placement", "auto") == "auto" else remedies[::-1]
 
 
 def _by_rank(communication: pd.DataFrame) -> pd.DataFrame:
