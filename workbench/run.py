@@ -319,10 +319,10 @@ class Run:
         Raises:
             RunError: there is no such setting, its value is out of range, or the run does not train.
         """
-        allowed = {"lr", *LIVE.values()}
+        allowed = ("lr", "weight_decay", "peak", "clip_mode", "clip_max_norm")
         for name, value in settings.items():
             if name not in allowed:
-                raise RunError(f"{name!r} cannot be changed while training.", f"What can: {', '.join(sorted(allowed))}.")
+                raise RunError(f"{name!r} cannot be changed while training.", f"What can: {', '.join(allowed)}.")
             if name == "clip_mode":
                 if value not in CLIP_MODES:
                     raise RunError(f"clip_mode={value!r} must be one of {', '.join(CLIP_MODES)}.")

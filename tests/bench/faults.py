@@ -216,8 +216,8 @@ FAULTS: dict[str, Fault] = {
     "vanishing": Fault(
         "vanishing_gradients",
         {"optim.name": "sgd", "optim.lr": 0.05},
-        30,
-        {"model__args": {"depth": 8, "act": "Tanh", "gain": 0.2}, "epochs": 25},
+        40,
+        {"model__args": {"depth": 5, "act": "Sigmoid"}, "optim__lr": 0.01, "epochs": 40},
     ),
     "fp16 underflow": Fault(
         "gradient_underflow",
