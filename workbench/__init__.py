@@ -16,6 +16,8 @@ _EXPORTS = {
     "launch": "workbench.run",
     "launch_script": "workbench.cluster",
     "Run": "workbench.run",
+    "apply": "workbench.remedies",
+    "findings_of": "workbench.diagnosis",
     "WorkbenchError": "workbench.errors",
     "PruneConfig": "workbench.compress.pruning_config",
     "QuantConfig": "workbench.compress.quantization_config",
@@ -40,8 +42,10 @@ if TYPE_CHECKING:
     from workbench.compress import ChannelPruner, QuantAwareTraining, Quantizer, prune, quantize
     from workbench.compress.pruning_config import PruneConfig
     from workbench.compress.quantization_config import QuantConfig
+    from workbench.diagnosis import findings_of
     from workbench.errors import WorkbenchError
     from workbench.notebook import load_ipython_extension
+    from workbench.remedies import apply
     from workbench.run import Run, launch
     from workbench.training import train
     from workbench.training.config import TrainConfig

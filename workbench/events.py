@@ -70,7 +70,7 @@ class CommandApplied(_Event):
     type: Literal["command_applied"] = "command_applied"
     id: str
     name: Literal["stop", "pause", "resume", "save", "set"]
-    settings: dict[str, float] = Field(default_factory=dict, description="For 'set': the new values by name.")
+    settings: dict[str, float | str] = Field(default_factory=dict, description="For 'set': the new values by name.")
 
 
 class Finding(_Event):
@@ -82,6 +82,12 @@ class Finding(_Event):
     message: str
     layer: str | None = None
     remedy: dict[str, Any] = Field(default_factory=dict, description="Config overrides that would cure it.")
+    alternatives: tuple[dict[str, Any], ...] = Field((), description="Further remedies, should the first not do, the best first.")
+
+    @property
+    def remedies(self) -> tuple[dict[str, Any], ...]:
+        """Every remedy, the best first."""
+        return (self.remedy, *self.alternatives) if self.remedy else self.alternatives
 
 
 class Paused(_Event):

@@ -97,6 +97,10 @@ class Schedule:
         """The rate of the optimizer step number ``step``, counted from 0."""
         return self.peak * self.scale * self.factor(step)
 
+    def set_peak(self, peak: float) -> None:
+        """Go on as if ``peak`` had been the peak rate from the start."""
+        self.scale = peak / self.peak
+
     def set_rate(self, rate: float, step: int) -> None:
         """From ``step`` on, go on in proportion so that this step's rate is ``rate``."""
         self.scale = rate / (self.peak * max(self.factor(step), 1e-12))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench import events, storage
-from workbench.diagnosis import diagnose
+from workbench.diagnosis import findings_of
 from workbench.run import Run
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ def render(run: Run) -> str:
         loader=jinja2.PackageLoader("workbench", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     history, config = run.history, run.config
-    gradients, activations, communication = map(run.readings, ("gradients", "activations", "communication"))
-    found = {(f.name, f.layer): f for f in [*run.findings, *diagnose(history, gradients, activations, communication)]}
+    gradients, communication = map(run.readings, ("gradients", "communication"))
     repro = run.path / "repro.py"
     return environment.get_template("report.html.j2").render(
         run=run,
@@ -60,7 +59,7 @@ def render(run: Run) -> str:
         title=config.title,
         facts=_facts(run),
         error=run.error,
-        findings=list(found.values()),
+        findings=findings_of(run),
         charts=[(heading, Markup(drawing)) for heading, drawing in _charts(history, gradients, communication)],
         metrics=run.metrics,
         settings=_settings(config),

@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 
 TERMINAL = ("finished", "stopped", "failed", "lost")
 COMMANDS = ("stop", "pause", "resume", "save", "set")
+LIVE: Mapping[str, str] = {
+    "optim.lr": "peak",
+    "optim.weight_decay": "weight_decay",
+    "clip.mode": "clip_mode",
+    "clip.max_norm": "clip_max_norm",
+}
+"""Settings of a config that :meth:`Run.set` changes while a run trains, and what they are called there."""
+CLIP_MODES = ("off", "fixed", "dynamic", "agc")
 FOLDERS = ("attempts", "events", "readings", "commands", "checkpoints", "logs", "source")
 STALE_HEARTBEAT = 20.0
 """Seconds without a heartbeat after which a run on another host counts as lost."""
@@ -268,7 +276,7 @@ class Run:
 
     # -- commands -------------------------------------------------------------------------------------------------
 
-    def command(self, name: str, **settings: float) -> str:
+    def command(self, name: str, **settings: float | str) -> str:
         """Post a command for the trainer to apply at a step's end; returns the command's id at once.
 
         Raises:
@@ -299,14 +307,29 @@ class Run:
         """Save a checkpoint now."""
         self.command("save")
 
-    def set(self, **settings: float) -> None:
-        """Change settings of the running optimizer, e.g. ``lr=0.01``: the schedule goes on scaled to the new peak rate."""
-        allowed = {"lr", "weight_decay"}
+    def set(self, **settings: float | str) -> None:
+        """Change settings of the running optimizer after its present step.
+
+        Args:
+            lr: the next step's rate; the schedule goes on in proportion.
+            peak: the schedule's peak rate, as ``optim.lr`` sets it.
+            weight_decay: of what is decayed.
+            clip_mode, clip_max_norm: of the gradients, as ``clip.mode`` and ``clip.max_norm`` set them.
+
+        Raises:
+            RunError: there is no such setting, its value is out of range, or the run does not train.
+        """
+        allowed = ("lr", "weight_decay", "peak", "clip_mode", "clip_max_norm")
         for name, value in settings.items():
             if name not in allowed:
-                raise RunError(f"{name!r} cannot be changed while training.", f"What can: {', '.join(sorted(allowed))}.")
-            if not value >= 0 or value == float("inf"):
+                raise RunError(f"{name!r} cannot be changed while training.", f"What can: {', '.join(allowed)}.")
+            if name == "clip_mode":
+                if value not in CLIP_MODES:
+                    raise RunError(f"clip_mode={value!r} must be one of {', '.join(CLIP_MODES)}.")
+            elif isinstance(value, str) or not value >= 0 or value == float("inf"):
                 raise RunError(f"{name}={value} must be a finite number of at least 0.")
+            elif name == "clip_max_norm" and not value:
+                raise RunError("clip_max_norm=0 must be above 0.", "clip_mode='off' ends clipping.")
         self.command("set", **settings)
 
     def resume(self, nproc: int | None = None, *, mesh: Mapping[str, Any] | None = None, restarts: int = 0) -> Self:
@@ -354,7 +377,7 @@ KINDS: Mapping[str, str] = {"train": "workbench.training.config:TrainConfig"}
 """Configs that a run folder may hold; a name outside this map is never imported."""
 
 
-Replay = list[tuple[int, str, dict[str, float]]]
+Replay = list[tuple[int, str, dict[str, Any]]]
 """Commands to apply after given steps, e.g. ``[(120, "set", {"lr": 0.01})]``, as ``repro.py`` gives them."""
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from workbench import events
+from workbench.diagnosis import findings_of
 from workbench.run import TERMINAL, Run
 
 COLOURS = {"finished": "green", "running": "cyan", "starting": "cyan", "paused": "yellow", "stopped": "yellow"}
@@ -116,8 +117,18 @@ def show_run(run: Run, console: Console | None = None) -> None:
         _section(out, "error", {"": run.error})
     _section(out, "settings that are not defaults", config.changes_from(type(config)()))
     _section(out, "decided", {name: f"{made['value']} ({made['reason']})" for name, made in run.resolved.items()})
-    _section(out, "findings", {f"{f.severity} at step {f.step}": f.message for f in run.findings})
+    _section_of_findings(out, findings_of(run))
     _section(out, "checkpoints", {path.name: path for path in run.checkpoints})
+
+
+def _section_of_findings(out: Console, findings: Sequence[events.Finding]) -> None:
+    if findings:
+        out.print(Text("\nfindings", "bold"))
+    for finding in findings:
+        out.print(Text(f"  {finding.severity} at step {finding.step}: {finding.name}. {finding.message}"))
+        for number, remedy in enumerate(finding.remedies):
+            overrides = " ".join(f"{name}={value}" for name, value in remedy.items())
+            out.print(Text(f"    {'or' if number else 'try'} {overrides}"))
 
 
 def _section(out: Console, title: str, facts: dict[str, Any]) -> None:

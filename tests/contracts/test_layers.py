@@ -29,6 +29,7 @@ probes
 diagnosis
 attribution_config attribution
 training
+remedies
 memory
 cluster
 compress

@@ -489,6 +489,39 @@ class TestDiagnosis:
         assert diagnosis.diagnose(empty, empty, empty) == []
 
 
+def test_the_apply_button_runs_the_code_that_it_shows(tmp_path: Path, until: Callable[..., Any], live: None) -> None:
+    """A real run, of which a finding says to clip: the page asks, the job takes it between two steps, the page hears of it."""
+    from workbench import TrainConfig, launch
+
+    data = {"name": "digits", "batch_size": 32}
+    run = launch(TrainConfig(data=data, model={"name": "mlp"}, epochs=1000, device="cpu"), root=tmp_path)
+    until(lambda: run.progress.step > 5, 60)
+    inspector = Inspector(run)
+    finding = events.Finding(
+        name="jumpy", severity="warning", message="It jumps.", remedy={"clip.mode": "fixed", "clip.max_norm": 0.5}
+    )
+    inspector._findings, inspector._last_diagnosis = [finding], math.inf  # no look of its own in between
+    page = Page()
+
+    def shown() -> dict[str, Any]:
+        frame = Frame()
+        with inspector._lock:
+            inspector._changes(frame, whole=True)
+        page.receive(frame)
+        return next(row for row in page.facts["findings"] if row["name"] == "jumpy")
+
+    assert "print(apply(Run.open(" in shown()["code"] and "'clip.max_norm': 0.5" in shown()["code"]
+    inspector._on_page(inspector, {"kind": "apply", "value": "jumpy"}, [])
+    inspector._on_page(inspector, {"kind": "apply", "value": "jumpy"}, [])  # a second click changes nothing
+    inspector._on_page(inspector, {"kind": "apply", "value": "no such finding"}, [])
+    until(lambda: "in the running" in shown()["applied"], 30)
+    applied = until(lambda: [e for e in run.events if isinstance(e, events.CommandApplied)], 30)
+    assert [e.settings for e in applied] == [{"clip_mode": "fixed", "clip_max_norm": 0.5}]
+    assert run.status == "running"
+    inspector.close()
+    run.kill()
+
+
 def test_a_finding_of_the_run_is_shown(tmp_path: Path) -> None:
     simulation = Simulation(tmp_path / "run", blocks=(1,)).until(50)
     remedy = {"data.workers": 4}

@@ -234,8 +234,9 @@ class View {
         words.append(" ", h("button", { type: "button", class: "link", onclick }, "show the layer"));
       }
       const remedy = finding.remedy ? h("p", { class: "quiet small" }, "Try ", h("code", {}, finding.remedy)) : null;
+      const code = this.applicable(finding, remedy, () => this.drawFindings(findings));
       const mark = h("i", { class: finding.severity, role: "img", "aria-label": finding.severity }, MARKS[finding.severity] ?? "i");
-      return h("li", {}, mark, h("div", {}, words, remedy));
+      return h("li", {}, mark, h("div", {}, words, remedy, code));
     });
     const parts = [h("ul", {}, ...items)];
     if (findings.length > 3) {
@@ -247,6 +248,21 @@ class View {
       parts.push(h("button", { type: "button", class: "link small", "aria-expanded": String(Boolean(this.allFindings)), onclick }, text));
     }
     this.findings.replaceChildren(...parts);
+  }
+
+  // The button that applies a remedy, or what became of it, added to its line; the code that the button runs, where it is open.
+  applicable({ name, code, applied }, line, redraw) {
+    if (!line || !code || this.model.offline) return null;
+    const open = this.codeOf === name;
+    const onclick = () => {
+      this.codeOf = open ? null : name;
+      redraw();
+    };
+    const act = applied
+      ? h("span", { role: "status" }, applied)
+      : h("button", { type: "button", class: "link", title: code, onclick: () => this.ask("apply", name) }, "Apply");
+    line.append(" ", act, " ", h("button", { type: "button", class: "link", "aria-expanded": String(open), onclick }, open ? "hide code" : "code"));
+    return open ? h("pre", {}, code) : null;
   }
 
   buildControls() {

@@ -9,6 +9,7 @@ Where no page listens (papermill, nbconvert, nbval) it is a small static drawing
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,9 +23,9 @@ from widgets.inspector.beside import differences, neighbours
 from widgets.inspector.quantities import QUANTITIES
 from widgets.inspector.recording import Recording
 from widgets.live_plot import LiveWidget, module
-from workbench import diagnosis, events, storage
+from workbench import diagnosis, events, remedies, storage
 from workbench.errors import RunError
-from workbench.run import TERMINAL, Run
+from workbench.run import TERMINAL, Run, runs_folder
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -70,6 +71,7 @@ class Inspector(LiveWidget):
         self.run: Run | None = None
         self.recording: Recording | None = None
         self._findings: list[events.Finding] = []
+        self._applied: dict[str, str] = {}
         self._problem = ""
         self._other: Recording | None = None
         self._differences: list[tuple[str, str, str]] = []
@@ -91,7 +93,7 @@ class Inspector(LiveWidget):
         with self._lock:
             self._stop_following()
             self.run, self.recording, self._other, self._differences = run, Recording(run), None, []
-            self._findings, self._problem, self._last_diagnosis = [], "", 0.0
+            self._findings, self._applied, self._problem, self._last_diagnosis = [], {}, "", 0.0
             if not self.static:
                 self._publish(whole=True)
                 self._follow(self.recording)
@@ -203,11 +205,9 @@ class Inspector(LiveWidget):
     def _diagnose(self) -> None:
         """Findings that the run reported, and those of its readings now; one of a name."""
         assert self.run is not None and self.recording is not None
-        tables = {kind: self.recording.frame_of(kind) for kind in ("gradients", "activations", "communication")}
-        now = diagnosis.diagnose(self.run.history, **tables)
-        reported = {finding.name: finding for finding in self.run.findings}
-        found = [*now, *(f for name, f in reported.items() if name not in {n.name for n in now})]
-        self._findings = sorted(found, key=lambda f: diagnosis.SEVERITIES.index(f.severity))
+        tables: dict[str, Any] = {kind: self.recording.frame_of(kind) for kind in diagnosis.KINDS}
+        now = diagnosis.diagnose(self.run.history, **tables, config=diagnosis.config_now(self.run))
+        self._findings = diagnosis.gathered(self.run, now)
         self._last_diagnosis = time.monotonic()
 
     def _catch_up(self) -> Recording | None:
@@ -241,7 +241,15 @@ class Inspector(LiveWidget):
         told = {"severity", "message", "layer", "step", "name"}
         return {
             "header": self._header(recording.run, recording),
-            "findings": [{**finding.model_dump(include=told), "remedy": remedy_text(finding)} for finding in self._findings],
+            "findings": [
+                {
+                    **finding.model_dump(include=told),
+                    "remedy": remedy_text(finding),
+                    "code": remedy_code(recording.run, finding),
+                    "applied": self._applied.get(finding.name, ""),
+                }
+                for finding in self._findings
+            ],
             "beside": None if other is None else self._header(other.run, other),
             "differences": self._differences,
         }
@@ -295,6 +303,8 @@ class Inspector(LiveWidget):
                 return
             elif kind == "export":
                 self.send({"kind": "file", "name": f"{self.run.id}.html"}, [self._exported()])
+            elif kind == "apply" and isinstance(value, str):
+                self._apply(value)
             elif kind == "rank" and (value is None or isinstance(value, int)) and value != recording.rank:
                 recording.rank = value
                 recording.reset_readings()
@@ -304,6 +314,24 @@ class Inspector(LiveWidget):
                 self._publish(whole=True)
                 return
             self._publish()
+
+    def _apply(self, name: str) -> None:
+        """Apply a finding's remedy from a thread: starting a run takes seconds, and a callback posts and returns."""
+        finding = next((f for f in self._findings if f.name == name and f.remedy), None)
+        if finding is None or self.run is None or name in self._applied:
+            return
+        self._applied[name] = "applying …"
+        threading.Thread(target=self._carry_out, args=(self.run, finding), name="apply", daemon=True).start()
+
+    def _carry_out(self, run: Run, finding: events.Finding) -> None:
+        try:
+            words = remedies.apply(run, finding).words
+        except Exception as error:
+            words = str(error)
+        with self._lock:
+            if run is self.run:
+                self._applied[finding.name] = words
+                self._publish()
 
     def _static_html(self) -> str:
         with self._lock:
@@ -317,6 +345,14 @@ class Inspector(LiveWidget):
 def remedy_text(finding: events.Finding) -> str:
     """The remedy as overrides a person can paste: ``optim.lr=0.001 clip.mode=dynamic``."""
     return " ".join(f"{name}={value}" for name, value in finding.remedy.items())
+
+
+def remedy_code(run: Run, finding: events.Finding) -> str:
+    """What the Apply button runs; empty where no setting cures it."""
+    if not finding.remedy:
+        return ""
+    name = run.id if run.path.parent == runs_folder() else str(run.path)
+    return f"from workbench import Run, apply\n\nprint(apply(Run.open({name!r}), {finding.remedy!r}))\n"
 
 
 def _run(run_or_path: Run | str | os.PathLike[str]) -> Run:

@@ -30,7 +30,7 @@ class Command:
     """A request from outside, or one repeated from a record."""
 
     name: str
-    settings: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     id: str = ""
 
 
@@ -59,7 +59,7 @@ class Control:
             self._thread = threading.Thread(target=self._watch, name="workbench-commands", daemon=True)
             self._thread.start()
 
-    def post(self, name: str, **settings: float) -> None:
+    def post(self, name: str, **settings: Any) -> None:
         """Post a command from within rank 0's own process."""
         self._found.append(Command(name, settings))
 

@@ -68,7 +68,9 @@ class Recorder:
             raise self._error
 
     def reading(self, kind: str, step: int, columns: dict[str, Any]) -> None:
-        """Take in a reading, to be written within half a second."""
+        """Take in a reading, to be written within half a second; one without rows says nothing, not even its columns' types."""
+        if not len(next(iter(columns.values()))):
+            return
         with self._lock:
             self._waiting[kind].append((step, columns))
 

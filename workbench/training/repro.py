@@ -16,7 +16,7 @@ def code(config: TrainConfig, said: Iterable[events.Event] = (), nproc: int = 1)
 
     Files that the run was given are taken from its folder, which holds them as they were.
     """
-    changes: list[tuple[int, str, dict[str, float]]] = []
+    changes: list[tuple[int, str, dict[str, float | str]]] = []
     for event in said:
         if isinstance(event, events.AttemptStarted):
             changes = [change for change in changes if change[1] != "stop"]  # it was resumed

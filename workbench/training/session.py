@@ -114,14 +114,7 @@ def _config(run: Run) -> TrainConfig:
 
 
 def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, world: World, data: Any) -> Trainer:
-    # As the run was given them, however the originals changed since.
-    kept: dict[str, Any] = {f"{part}.name": find_source(getattr(config, part).name, run.path) for part in ("loss", "optim")}
-    if config.data.augment is not None:
-        kept["data.augment"] = [find_source(name, run.path) for name in config.data.augment]
-    kept["penalties"] = {find_source(name, run.path): factor for name, factor in config.penalties.items()}
-    if config.distill is not None:
-        kept["distill.terms"] = {find_source(name, run.path): weight for name, weight in config.distill.terms.items()}
-    config = config.override(kept)
+    config = sources.as_kept(config, run.path)
     decided = decisions.Decisions(run.resolved)
     open_questions = {name for name in ("precision", "compile") if getattr(config, name) == "auto" and name not in decided.made}
     splits = load_splits(config.data, data, root=run.path)
@@ -226,6 +219,8 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
         if before is not None and before.failure:
             words = f"{before.failure} The run went on from step {trainer.step}, on {world.size} rank(s)."
             recorder.emit(events.Finding(step=trainer.step, name="restarted", severity="warning", message=words))
+        if recorder.attempt == 1 and (words := sources.read_remedy(run.path)):
+            recorder.emit(events.Finding(step=trainer.step, name="remedied", severity="info", message=words))
     barrier(world)
     return trainer
 

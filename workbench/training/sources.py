@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import RunError
-from workbench.registry import load_object
+from workbench.registry import find_source, load_object
 from workbench.run import Replay
 from workbench.storage import check_owner, dump_object, write_atomic
 from workbench.training.config import TrainConfig
@@ -87,10 +87,35 @@ def named(config: TrainConfig) -> list[str]:
     return [config.model.name, config.data.name, config.loss.name, config.optim.name, *plugged]
 
 
+def as_kept(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The config with the files that a run was given, however the originals changed since.
+
+    Those of the loss, the optimizer and whatever is plugged in; models, data and plans are found where they are loaded.
+    """
+    kept: dict[str, Any] = {f"{part}.name": find_source(getattr(config, part).name, folder) for part in ("loss", "optim")}
+    if config.data.augment is not None:
+        kept["data.augment"] = [find_source(name, folder) for name in config.data.augment]
+    kept["penalties"] = {find_source(name, folder): factor for name, factor in config.penalties.items()}
+    if config.distill is not None:
+        kept["distill.terms"] = {find_source(name, folder): weight for name, weight in config.distill.terms.items()}
+    return config.override(kept)
+
+
 def kept_name(name: str) -> str:
     """Where the run folder keeps the Python file that an import path names; other names as they are."""
     location, colon, attribute = name.partition(":")
     return f"source/{Path(location).name}{colon}{attribute}" if location.endswith(".py") else name
+
+
+def write_remedy(folder: Path, origin: str, words: str) -> None:
+    """Keep beside a run that it was started as a remedy: of which run, and what was changed."""
+    write_atomic(folder / "remedy.json", json.dumps({"of": origin, "words": words}))
+
+
+def read_remedy(folder: Path) -> str:
+    """What :func:`write_remedy` kept, in words; empty for a run that is none."""
+    path = folder / "remedy.json"
+    return str(json.loads(path.read_bytes())["words"]) if path.exists() else ""
 
 
 def write_replay(folder: Path, replay: Replay) -> None:

@@ -8,9 +8,10 @@ probes, and what is written to the run folder (:mod:`recorder`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from workbench import events
 from workbench.data.batches import Batch, Batches
 from workbench.distributed import sum_over_ranks
 from workbench.errors import NonFiniteLoss
-from workbench.optim import AdaptiveGradientClipper, Schedule, make_optimizer
+from workbench.optim import AdaptiveGradientClipper, ClipConfig, Schedule, make_optimizer
 from workbench.probes import ProbeSet, StepContext
 from workbench.training import checkpoint
 from workbench.training.average import WeightAverage
@@ -76,9 +77,7 @@ class Trainer:
         self.model, self.trained = objective.model, objective.trained
         self.optimizer = make_optimizer(self.trained, config.optim)
         self.economy = Economy(config.memory, self.model, self.optimizer)
-        self.clipper = None if config.clip.mode == "off" else AdaptiveGradientClipper(config.clip.max_norm, config.clip.mode)
-        if self.clipper is not None and mesh["pipeline"] > 1:
-            self.clipper.others = mesh.along("pipeline").get_group()
+        self.clip(config.clip)
         self.average = WeightAverage(self.model, config.ema, self.parallel.owns)
         # Telling the compiler of a new step imports all of it, seconds that other runs need not spend.
         self._captured = compile_mode in ("reduce-overhead", "max-autotune")
@@ -158,11 +157,7 @@ class Trainer:
     def apply(self, command: Command) -> None:
         """Carry out a command, after the same step on every rank."""
         if command.name == "set":
-            if "lr" in command.settings:
-                self.schedule.set_rate(command.settings["lr"], self.step)
-            if "weight_decay" in command.settings:
-                for group in self.optimizer.param_groups:
-                    group["weight_decay"] = command.settings["weight_decay"] if group["weight_decay"] else 0.0
+            self._set(command.settings)
         applied = events.CommandApplied.model_validate(
             {"step": self.step, "id": command.id, "name": command.name, "settings": command.settings}
         )
@@ -178,6 +173,25 @@ class Trainer:
                 self.stopped = True
             case "pause":
                 self._pause()
+
+    def _set(self, settings: Mapping[str, Any]) -> None:
+        if "lr" in settings:
+            self.schedule.set_rate(settings["lr"], self.step)
+        if "peak" in settings:
+            self.schedule.set_peak(settings["peak"])
+        if "weight_decay" in settings:
+            for group in self.optimizer.param_groups:
+                group["weight_decay"] = settings["weight_decay"] if group["weight_decay"] else 0.0
+        clipping = {name: settings[f"clip_{name}"] for name in ("mode", "max_norm") if f"clip_{name}" in settings}
+        if clipping:
+            self.clip(self.clipping.override(clipping))
+
+    def clip(self, config: ClipConfig) -> None:
+        """Clip gradients so from the next step on."""
+        self.clipping = config
+        self.clipper = None if config.mode == "off" else AdaptiveGradientClipper(config.max_norm, config.mode)
+        if self.clipper is not None and self.mesh["pipeline"] > 1:
+            self.clipper.others = self.mesh.along("pipeline").get_group()
 
     def _pause(self) -> None:
         self.meter.flush()
@@ -238,6 +252,8 @@ class Trainer:
         self._share_buffers()
         state = checkpoint.training_state(self.trained, self.optimizer, self._extra(), self.mesh, self.parallel.owns)
         facts = {"step": self.step, "lr_scale": self.schedule.scale, "metrics": self.metrics, "world_size": self.world.size}
+        if self.clipping != self.config.clip:
+            facts["clip"] = self.clipping.model_dump()
         checkpoint.save(path.parent, self.step, state, facts, self.world, self.config.checkpoint.keep)
         self._saved = self.step
         self._emit(events.CheckpointSaved(step=self.step, path=f"checkpoints/step-{self.step}"))
@@ -247,6 +263,8 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint."""
         facts = checkpoint.read_facts(path)
+        if "clip" in facts:
+            self.clip(ClipConfig(**facts["clip"]))
         extra = checkpoint.restore(path, self.trained, self.optimizer, self._extra(), self.world, self.parallel.owns)
         self.step = self._saved = facts["step"]
         self.control.skip_to(self.step)
