@@ -7,9 +7,10 @@ by one asynchronous copy and hands it back to :meth:`Probe.table`. A new probe i
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from workbench.probes.config import ProbeConfig
+
+if TYPE_CHECKING:
+    from workbench.probes.holders import RunParts
 
 _MAGNITUDES = tuple(2.0 ** (exponent / 2) for exponent in range(-32, 33))
 EDGES: tuple[float, ...] = (-float("inf"), *(-m for m in reversed(_MAGNITUDES)), *_MAGNITUDES, float("inf"))
@@ -110,9 +114,16 @@ class Probe:
         """Hook into the model, before it is compiled or wrapped; returns the detach."""
         return lambda: None
 
+    def join(self, parts: RunParts) -> None:
+        """The trainer is complete, and this is what it is made of."""
+
     def arm(self) -> None:
         """The coming step is to be read."""
         self.armed = True
+
+    def forward(self) -> AbstractContextManager[Any]:
+        """Around each forward pass, loss included, of a step that is read; outside of what is compiled."""
+        return nullcontext()
 
     def read(self, context: StepContext) -> Tensor | None:
         """After the backward pass, before the update: what was read, on the device; None when there is nothing."""
@@ -121,6 +132,10 @@ class Probe:
     def table(self, step: int, values: npt.NDArray[Any]) -> dict[str, Any]:
         """Columns of the readings, from the host's copy of what :meth:`read` gave."""
         raise NotImplementedError(f"{type(self).__name__} must say how its readings are tabled.")
+
+    def tables(self, step: int, values: npt.NDArray[Any]) -> dict[str, dict[str, Any]]:
+        """Tables by kind, where there is more to write than one."""
+        return {self.kind: self.table(step, values)}
 
 
 def computing_again() -> bool:

@@ -8,7 +8,7 @@ probes, and what is written to the run folder (:mod:`recorder`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from workbench.distributed import sum_over_ranks
 from workbench.errors import NonFiniteLoss
 from workbench.optim import AdaptiveGradientClipper, Schedule, make_optimizer
 from workbench.probes import ProbeSet, StepContext
+from workbench.probes.holders import RunParts
 from workbench.training import checkpoint
 from workbench.training.average import WeightAverage
 from workbench.training.balance import Balance
@@ -87,6 +88,7 @@ class Trainer:
         self.schedule = Schedule(config.schedule, config.optim.lr, self.total_steps)
         self.meter = Meter(config.log_every, mesh.world, self._report)
         self.clock, self.balance = StepClock(mesh.world.device, batches, self.parallel.payload), balance
+        self.probes.join(self._parts(compile_mode, stage))
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.stopped = False
@@ -284,8 +286,28 @@ class Trainer:
 
     @contextmanager
     def _forward(self) -> Iterator[None]:
-        with self.economy.forward(), self.precision.autocast():
+        with self.probes.forward(), self.economy.forward(), self.precision.autocast():
             yield
+
+    def _parts(self, compile_mode: str, stage: Stage | None) -> RunParts:
+        """What holds memory here, to be told apart."""
+        taught = self.objective.distillation
+        named: dict[str, Callable[[], Iterable[Tensor]]] = {
+            "average": lambda: self.average.state.values(),
+            "exchange": lambda: self.parallel.carried().values(),
+            "data": lambda: self.batches.waiting,
+        }
+        if taught is not None:
+            named["teacher"] = lambda: (*taught.teacher.parameters(), *taught.teacher.buffers())
+        return RunParts(
+            trained=self.trained,
+            optimizer=self.optimizer,
+            named=named,
+            buckets=self.parallel.buckets,
+            views=self.parallel.views,
+            compiled=compile_mode != "off",
+            flying=1 if stage is None else self.mesh["pipeline"] - self.mesh.place["pipeline"],
+        )
 
     def _set_rate(self) -> float:
         rate = self.schedule.rate(self.step)
