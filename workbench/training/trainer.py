@@ -35,6 +35,7 @@ from workbench.training.objective import Objective
 from workbench.training.parallel import parallelize
 from workbench.training.precision import Precision
 from workbench.training.recorder import Recorder
+from workbench.training.snapshots import Snapshots
 from workbench.training.stages import Stage
 
 
@@ -88,7 +89,9 @@ class Trainer:
         self.schedule = Schedule(config.schedule, config.optim.lr, self.total_steps)
         self.meter = Meter(config.log_every, mesh.world, self._report)
         self.clock, self.balance = StepClock(mesh.world.device, batches, self.parallel.payload), balance
-        self.probes.join(self._parts(compile_mode, stage))
+        parts = self._parts(compile_mode, stage)
+        self.probes.join(parts)
+        self.snapshots = Snapshots(recorder.folder, mesh.world, parts, self._say)
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.stopped = False
@@ -104,6 +107,7 @@ class Trainer:
     def fit(self) -> None:
         """Train from the present step to the last, or until stopped."""
         self.model.train()
+        self.snapshots.ask(self.config.probes.memory.snapshot_steps, self.step)
         self._go_on()
         while self.step < self.total_steps and not self.stopped:
             for micro_batches in self.batches.epoch(self.epoch, start=self.step % self.batches.steps_per_epoch):
@@ -132,6 +136,7 @@ class Trainer:
         timing = self.clock.gathered()
         self.balance.take(self.step, timing)
         self.probes.read(StepContext(self.step + 1, self.precision.scale, timing))
+        self.snapshots.computed(self.step + 1)
         with self.clipper or nullcontext():
             self.precision.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
@@ -143,6 +148,7 @@ class Trainer:
         """Between two steps: what is due by step, by epoch, or on command."""
         self.recorder.progressed(self.step)
         self.balance.after(self.step)
+        self.snapshots.after(self.step)
         commands = self.control.due(self.step)
         for command in commands:
             self.apply(command)
@@ -174,6 +180,8 @@ class Trainer:
         match command.name:
             case "save":
                 self.save()
+            case "snapshot":
+                self.snapshots.ask(int(command.settings.get("steps", 1)), self.step)
             case "stop":
                 self.save()
                 self.stopped = True
@@ -286,7 +294,7 @@ class Trainer:
 
     @contextmanager
     def _forward(self) -> Iterator[None]:
-        with self.probes.forward(), self.economy.forward(), self.precision.autocast():
+        with self.snapshots.forward(self.step + 1), self.probes.forward(), self.economy.forward(), self.precision.autocast():
             yield
 
     def _parts(self, compile_mode: str, stage: Stage | None) -> RunParts:
@@ -338,6 +346,9 @@ class Trainer:
                 f"Try a lower rate (optim.lr={self.config.optim.lr / 10:g}), clipping (clip.mode=dynamic), or precision=fp32; "
                 "resume() would go on from the last checkpoint.",
             )
+
+    def _say(self, words: str) -> None:
+        self._emit(events.Finding(step=self.step, name="memory_snapshot", severity="info", message=words))
 
     def _emit(self, event: events.Event) -> None:
         if self.world.main:
