@@ -17,6 +17,7 @@ from widgets.follow import Follower
 from widgets.frames import Frame
 from widgets.inspector import figures
 from widgets.inspector.recording import Recording
+from widgets.inspector.snapshots import SnapshotView
 from widgets.live_plot import LiveWidget, module
 from workbench import diagnosis, events
 from workbench.run import TERMINAL, Run
@@ -46,8 +47,8 @@ class Inspector(LiveWidget):
         >>> inspector.open(another_run)
     """
 
-    _esm = module("plotting.js", "inspector/parts.js", "inspector/inspector.js", "inspector/charts.js")
-    _css = theme.css("inspector/inspector.css")
+    _esm = module("plotting.js", "inspector/parts.js", "inspector/inspector.js", "inspector/memory.js", "inspector/charts.js")
+    _css = theme.css("inspector/inspector.css", "inspector/memory.css")
     _follower: Follower | None = None  # also of an instance that was never made whole: ipywidgets closes it too
 
     def __init__(
@@ -58,6 +59,7 @@ class Inspector(LiveWidget):
         self.recording: Recording | None = None
         self._findings: list[events.Finding] = []
         self._problem = ""
+        self._snapshots = SnapshotView()
         self._last_look = self._last_diagnosis = 0.0
         super().__init__(static=static)
         if run_or_path is not None:
@@ -72,7 +74,7 @@ class Inspector(LiveWidget):
         with self._lock:
             self._stop_following()
             self.run, self.recording = run, Recording(run)
-            self._findings, self._problem = [], ""
+            self._findings, self._problem, self._snapshots = [], "", SnapshotView()
             self._last_look = self._last_diagnosis = 0.0
             if self.static:
                 return
@@ -96,7 +98,8 @@ class Inspector(LiveWidget):
         return list(self._findings)
 
     def figures(self) -> dict[str, go.Figure]:
-        """Plotly figures by name: ``loss``, ``gradients``, ``activations``, ``memory``, ``communication``; what has readings."""
+        """Plotly figures by name, of what has readings: ``loss``, ``gradients``, ``activations``, ``memory``, ``memory_layers``,
+        ``communication``."""
         with self._lock:
             recording = self._catch_up()
             return figures.plotly_figures(recording) if recording else {}
@@ -172,6 +175,8 @@ class Inspector(LiveWidget):
         told = {"severity", "message", "layer", "step", "name"}
         rows = [{**finding.model_dump(include=told), "remedy": remedy_text(finding)} for finding in self._findings]
         self.recording.fact(frame, "findings", rows)
+        for name, value in self._snapshots.facts(self.run).items():
+            self.recording.fact(frame, name, value)
 
     def _header(self, run: Run, recording: Recording) -> dict[str, Any]:
         progress, started = run.progress, recording.started
@@ -210,6 +215,8 @@ class Inspector(LiveWidget):
                 recording.choose_layer(value if value in known else None)
             elif kind == "time":
                 recording.choose_time(value if isinstance(value, int) and value >= 0 else None)
+            elif kind in ("snapshot", "open_snapshot") and self.run is not None:
+                self._snapshots.request(self.run, kind, value)
             elif kind == "rank" and (value is None or isinstance(value, int)) and value != recording.rank:
                 recording.rank = value
                 recording.reset_readings()

@@ -5,7 +5,8 @@
 * :class:`Join` — brings the ranks' readings of a step together.
 
 Names in frames: lines ``loss``, ``metric:NAME``, ``memory:RANK:FIELD``, ``time:RANK:FIELD``; heat maps ``gradients`` (layer ×
-step) and ``layer`` (value bin × step of the chosen layer); ``activations``, the latest distributions of all layers.
+step), ``memory:parts`` (holder × step, of the rank shown) and ``layer`` (value bin × step of the chosen layer); ``activations``,
+the latest distributions of all layers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from widgets.frames import Columns, Frame, Line
+from widgets.inspector.memory import Holding
 from workbench import events, storage
 from workbench.run import Run
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-KINDS = ("gradients", "activations", "memory", "communication")
+KINDS = ("gradients", "activations", "memory", "memory_layers", "communication")
 COLUMNS = 500
 """Columns of the gradients' heat map: a card is about that many pixels wide."""
 HISTORY = 120
@@ -102,6 +104,7 @@ class Recording:
         self.tables: dict[str, dict[int, tuple[list[Any], deque[Any]]]] = {kind: {} for kind in KINDS}
         self.links: dict[str, Any] = {}
         self._exposed: dict[int, float] = {}
+        self.holding = Holding()
         for name in [n for n in self.lines if n.startswith(("memory:", "time:"))]:
             del self.lines[name]
         self._changed = {"gradients", "activations", "layer", *self.lines}
@@ -162,6 +165,12 @@ class Recording:
             for name in FIELDS:
                 self._extend(f"memory:{rank}:{name}", table["step"].to_pylist(), table[name].to_pylist())
             self.total = max(self.total, float(table["total"][0].as_py()))
+            if self._alone(rank) and self.holding.take(table):
+                self._changed.add("memory:parts")
+            return True
+        if kind == "memory_layers":
+            if self._alone(rank):
+                self.holding.take_layers(table)
             return True
         if kind == "communication":
             self._take_times(rank, table)
@@ -180,6 +189,10 @@ class Recording:
             whole[index[begin:end]] = values[begin:end]
             self._joins[kind].put(int(steps[begin]), rank, whole)
         return True
+
+    def _alone(self, rank: int) -> bool:
+        """Whether this rank is the one shown, and what holds its memory with it."""
+        return self.rank == rank or (self.rank is None and self.world_size == 1)
 
     def _take_times(self, rank: int, table: pa.Table) -> None:
         steps, busy, waited, exposed = (np.asarray(table[name], dtype="f8") for name in ("step", "busy", "waited", "exposed"))
@@ -284,6 +297,10 @@ class Recording:
         self.fact(frame, "metrics", metrics)
         self.fact(frame, "times", self.times())
         self.fact(frame, "memory", {"ranks": ranks, "total": self.total})
+        if self.holding.stack is not None:
+            self.fact(frame, "memory:holding", self.holding.fact())
+            if whole or "memory:parts" in changed:
+                _write(self.holding.stack, frame, "memory:parts", whole)
         self.fact(frame, "layers", {"gradients": self.layers("gradients"), "activations": self.layers("activations")})
         self.fact(frame, "choice", {"layer": self.layer, "module": self.module_of_layer(), "rank": self.rank})
         if self.bins:
