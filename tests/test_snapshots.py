@@ -47,6 +47,7 @@ def test_the_timeline_is_the_allocators_and_names_who_holds_what() -> None:
     full = held(content, by_phase[2, "backward"])  # when the forward pass has ended
     assert full["parameters"] == weights and full["optimizer"] == 2 * weights and full["gradients"] == 0
     assert full["activations"] == activations and full["temporary"] == 0
+    assert full["data"] == 32 * 3 * 224 * 224 * 4, "the batch, made between steps"
     computed = held(content, by_phase[2, "update"])
     assert computed["gradients"] == weights and computed["activations"] == 0
     assert held(content, by_phase[1, "forward"])["optimizer"] == 0, "the first update makes it"

@@ -132,7 +132,7 @@ class Timeline {
     const pick = (label, groups) => h("button", { type: "button", "aria-pressed": String(label === "by holder"), onclick: (event) => this.choose(event.target, groups) }, label);
     this.switch = h("div", { class: "switch", role: "group", "aria-label": "What to stack" }, pick("by holder", byHolder), pick("by line of code", byLine));
     const head = h("header", {}, h("h2", {}, "Allocations over time"), this.switch, h("span", { class: "quiet" }, "each event is an allocation or a release; click a moment"));
-    const names = h("thead", {}, h("tr", {}, h("th", { class: "number" }, "bytes"), h("th", {}, "holder"), h("th", {}, "allocated by")));
+    const names = h("thead", {}, h("tr", {}, h("th", { class: "number" }, "bytes"), h("th", { class: "number" }, "blocks"), h("th", {}, "holder"), h("th", {}, "allocated by")));
     this.elements = [h("section", {}, head, this.canvas, this.legend), h("section", {}, h("header", {}, this.moment), h("table", {}, names, this.table))];
     this.canvas.addEventListener("mousemove", (event) => this.hover(event));
     this.canvas.addEventListener("mouseleave", hideTip);
@@ -167,10 +167,11 @@ class Timeline {
   }
 
   draw() {
-    const context = contextOf(this.canvas);
     const [width, height, top, bottom] = [this.canvas.clientWidth, 300, 22, 20];
     const tall = height - top - bottom;
     this.wide = width - LEFT - 4;
+    if (this.wide < 1) return; // a frame that is hidden has no width
+    const context = contextOf(this.canvas);
     // One event a column, the fullest of those that share it, so that no peak is lost.
     const count = Math.min(EVENTS + 1, Math.floor(this.wide));
     this.columns = Array.from({ length: count }, (_, c) => {
@@ -261,16 +262,24 @@ class Timeline {
     }));
     const phase = phaseAt(e);
     const where = e === PEAK ? "the peak" : `event ${e.toLocaleString("en")}`;
-    this.moment.textContent = `Largest allocations at ${where}${phase ? ` (${phase})` : ""}: ${bytes(everything[e])} in all`;
-    const largest = [...size.keys()].filter((i) => alive(i, e)).sort((a, b) => size[b] - size[a]).slice(0, 12);
-    this.table.replaceChildren(...largest.map((i) => {
+    this.moment.textContent = `What holds most at ${where}${phase ? ` (${phase})` : ""}: ${bytes(everything[e])} in all`;
+    const alike = new Map(); // of one holder and stack
+    for (const i of size.keys()) {
+      if (!alive(i, e)) continue;
+      const key = `${holder[i]} ${stack[i]} ${start[i] === 0}`;
+      const found = alike.get(key) ?? alike.set(key, { of: i, sum: 0, count: 0 }).get(key);
+      found.sum += size[i];
+      found.count += 1;
+    }
+    const largest = [...alike.values()].sort((a, b) => b.sum - a.sum).slice(0, 12);
+    this.table.replaceChildren(...largest.map(({ of: i, sum, count }) => {
       const name = data.holders[holder[i]];
       const swatch = h("i", { "aria-hidden": "true" });
       swatch.style.background = COLOURS[name];
       const frames = framesOf(stack[i]);
-      const summary = lineOf(stack[i], start[i]);
-      const where = frames.length > 1 ? h("details", {}, h("summary", {}, h("code", {}, summary)), h("ol", {}, ...frames.map((f) => h("li", {}, `${f[0]}:${f[1]} ${f[2]}`)))) : summary;
-      return h("tr", {}, h("td", { class: "number" }, bytes(size[i])), h("td", { class: "holder" }, swatch, wordOf(name)), h("td", {}, where));
+      const summary = h("code", {}, lineOf(stack[i], start[i]));
+      const where = frames.length > 1 ? h("details", {}, h("summary", {}, summary), h("ol", {}, ...frames.map((f) => h("li", {}, `${f[0]}:${f[1]} ${f[2]}`)))) : summary;
+      return h("tr", {}, h("td", { class: "number" }, bytes(sum)), h("td", { class: "number" }, count.toLocaleString("en")), h("td", { class: "holder" }, swatch, wordOf(name)), h("td", {}, where));
     }));
   }
 }
@@ -310,8 +319,8 @@ class SegmentMap {
   }
 
   draw() {
-    const context = contextOf(this.canvas);
     this.width = this.canvas.clientWidth;
+    const context = contextOf(this.canvas);
     const scale = this.width / (this.total / this.rows);
     const fill = (from, to, colour) => {
       context.fillStyle = colour;

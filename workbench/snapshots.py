@@ -110,8 +110,9 @@ def convert(
 ) -> dict[str, Any]:
     """PyTorch's snapshot of one device as what is written to disk (see the module).
 
-    An allocation's holder is who held its address at a moment when it was there (``known``); else it follows from the phases in
-    which it was made and freed. Without times in the trace (that of its memory profiler has none) marks count for nothing.
+    An allocation's holder is who held its address at a moment when it was there (``known``), which is exact; else it follows from
+    the phases in which it was made and freed: what a forward pass leaves are activations, what is made between steps and stays is
+    the batch. Without times in the trace (that of PyTorch's memory profiler has none) marks count for nothing.
 
     Args:
         raw: of ``torch.cuda.memory._snapshot()``.
@@ -293,4 +294,4 @@ def _holder(allocation: _Allocation, known: Sequence[Known], phases: _Phases) ->
     phase, end = phases.at(allocation.born)
     if allocation.died is not None and phase and (end is None or allocation.died <= end):
         return "temporary"
-    return "activations" if phase == "forward" else "other"
+    return {"forward": "activations", "between": "data"}.get(phase, "other")

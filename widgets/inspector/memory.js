@@ -90,7 +90,7 @@ Object.assign(View.prototype, {
     const process = this.store.facts.get("header")?.facts.startsWith("cpu");
     const words = [];
     if (holding?.process) words.push(`The process takes ${sizeText(latest)}, Python and its libraries included; shown is what is the run's.`);
-    else if (holding) words.push(holding.moment === "forward" ? "At the end of the forward pass, the fuller moment of a step." : "After the backward pass, the fuller moment of a step.");
+    else if (holding) words.push(holding.moment === "forward" ? "Stacked: the end of the forward pass, the fuller moment of a step; allocated: after the backward pass." : "Stacked: after the backward pass, the fuller moment of a step.");
     if (holding?.fragmentation) words.push(`${(100 * holding.fragmentation).toFixed(1)} % of what is reserved is free in pieces.`);
     if (several) words.push("Choose a rank to see what holds its memory.");
     if (total) words.push(`${sizeText(total)} in all on ${process ? "this machine" : "each device"}; peak ${((100 * peak) / total).toFixed(0)} %.`);
@@ -101,9 +101,11 @@ Object.assign(View.prototype, {
   memoryLayers(layers) {
     const card = this.cards.memory;
     const sum = (held) => held.reduce((a, b) => a + Math.max(0, b ?? 0), 0);
-    const most = Math.max(...layers.map(({ held }) => sum(held)), 1);
-    const rows = layers.map(({ layer, held }) => {
-      const bars = held.map((n, i) => {
+    const single = ({ layer }) => !layer.endsWith(" other layers");
+    const most = Math.max(...layers.filter(single).map(({ held }) => sum(held)), 1);
+    const rows = layers.map((row) => {
+      const { layer, held } = row;
+      const bars = !single(row) ? [] : held.map((n, i) => {
         const bar = h("i", { title: `${memoryWord(LAYER_HOLDERS[i])} ${sizeText(Math.max(0, n ?? 0))}` });
         bar.style.cssText = `width: ${(100 * Math.max(0, n ?? 0)) / most}%; background: ${MEMORY_COLOURS[LAYER_HOLDERS[i]]}`;
         return bar;
