@@ -184,7 +184,7 @@ def test_two_ranks_count_their_own_parts(mesh: dict[str, Any], mode: str, tmp_pa
 
 
 def test_a_snapshot_of_a_run_converts_and_agrees_with_pytorchs_own(tmp_path: Path) -> None:
-    asked = [(4, "snapshot", {"steps": 2})]
+    asked: list[tuple[int, str, dict[str, float]]] = [(4, "snapshot", {"steps": 2})]
     run = train(run_config(probes__memory__snapshot_steps=2), root=tmp_path, replay=asked).run
     assert [path.stem for path in run.snapshots] == ["step-2-rank-0", "step-6-rank-0"]
     for path in run.snapshots:

@@ -63,11 +63,12 @@ def test_runs_of_earlier_versions_open(tmp_path: Path) -> None:
 
 def test_figures_draw_the_stack_and_the_layers(tmp_path: Path) -> None:
     Simulation(tmp_path / "run").until(50)
-    inspector = Inspector(Run(tmp_path / "run"), static=True)
+    run = Run(tmp_path / "run")
+    inspector = Inspector(run, static=True)
     figures = inspector.figures()
     stacked = [trace for trace in figures["memory"].data if trace.stackgroup]
     assert {trace.name for trace in stacked} >= {"parameters", "optimizer state", "activations", "other"}
-    assert sum(trace.y[-1] for trace in stacked) == pytest.approx(inspector.run.readings("memory")["forward"].iloc[-1], rel=1e-6)
+    assert sum(trace.y[-1] for trace in stacked) == pytest.approx(run.readings("memory")["forward"].iloc[-1], rel=1e-6)
     assert len(figures["memory_layers"].data) == len(LAYER_HOLDERS) and len(figures["memory_layers"].data[0].y) == SHOWN + 1
     html = inspector._static_html()
     assert "activations 17" in html and "What each layer holds" in html and len(html) < 60_000
