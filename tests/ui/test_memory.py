@@ -55,7 +55,7 @@ def test_the_memory_card_shows_what_holds_it_and_opens_a_snapshot(lab: Any, run:
     book.theme("dark")
     book.screenshot("memory-layers-dark")
     card.get_by_role("button", name="over time").click()
-    card.locator(".js-plotly-plot").wait_for()
+    card.locator(".main-svg").first.wait_for()
     book.screenshot("memory-dark")
 
     card.get_by_role("button", name="Snapshot").click()

@@ -81,19 +81,21 @@ Object.assign(View.prototype, {
     const holding = shown.length === 1 ? store.facts.get("memory:holding") : null;
     parts.drawTabs(Boolean(holding?.layers.length));
     const most = (field) => Math.max(0, ...shown.flatMap((rank) => of(rank, field)?.y ?? []));
-    this.memoryWords({ holding, total, peak: most("peak"), several: shown.length > 1, latest: lastOf(of(shown[0], "allocated")) });
-    if (holding?.layers.length && parts.layered) return this.memoryLayers(holding.layers);
+    const layered = parts.layered && Boolean(holding?.layers.length);
+    this.memoryWords({ holding, layered, total, peak: most("peak"), several: shown.length > 1, latest: lastOf(of(shown[0], "allocated")) });
+    if (layered) return this.memoryLayers(holding.layers);
     return this.memoryTimeline(colours, { shown, of, holding, total, largest: Math.max(most("peak"), most("reserved")) });
   },
 
-  memoryWords({ holding, total, peak, several, latest }) {
+  memoryWords({ holding, layered, total, peak, several, latest }) {
     const process = this.store.facts.get("header")?.facts.startsWith("cpu");
     const words = [];
-    if (holding?.process) words.push(`The process takes ${sizeText(latest)}, Python and its libraries included; shown is what is the run's.`);
+    if (layered) words.push("Activations as the forward pass left them in the first readings.");
+    else if (holding?.process) words.push(`The process takes ${sizeText(latest)}, Python and its libraries included; shown is what is the run's.`);
     else if (holding) words.push(holding.moment === "forward" ? "Stacked: the end of the forward pass, the fuller moment of a step; allocated: after the backward pass." : "Stacked: after the backward pass, the fuller moment of a step.");
-    if (holding?.fragmentation) words.push(`${(100 * holding.fragmentation).toFixed(1)} % of what is reserved is free in pieces.`);
+    if (holding?.fragmentation) words.push(`${(100 * holding.fragmentation).toFixed(1)}\u00a0% of what is reserved is free in pieces.`);
     if (several) words.push("Choose a rank to see what holds its memory.");
-    if (total) words.push(`${sizeText(total)} in all on ${process ? "this machine" : "each device"}; peak ${((100 * peak) / total).toFixed(0)} %.`);
+    if (total) words.push(`${sizeText(total)} in all on ${process ? "this machine" : "each device"}; peak ${((100 * peak) / total).toFixed(0)}\u00a0%.`);
     this.memoryTotal.hidden = !words.length;
     this.memoryTotal.textContent = words.join(" ");
   },
