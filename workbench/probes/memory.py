@@ -51,7 +51,7 @@ class MemoryProbe(Probe):
     the first reading and when it changes. Activations by layer are of the first :data:`WATCHED` readings (see
     :func:`~workbench.probes.layer_memory.watched`); of a compiled model they are one row, :data:`COMPILED`.
 
-    A reading costs the host a look at every parameter, its gradient and its state: about 5 µs a parameter.
+    A reading costs the host a look at every parameter, its gradient and its state: 10 to 20 µs a parameter.
     """
 
     kind = "memory"
