@@ -37,20 +37,19 @@ def held_by(call: Callable[[], Any], device: torch.device, *, clean: bool = True
 
 def tensor_bytes(model: nn.Module) -> int:
     """Bytes of the storages behind a model's parameters and buffers, each once."""
-    storages: dict[int, int] = {}
+    tensors = [tensor.data for tensor in model.state_dict().values() if isinstance(tensor, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for tensor in tensors for storage in storages(tensor)}.values())
 
-    def add(tensor: Tensor) -> None:
-        if hasattr(tensor, "__tensor_flatten__"):
-            for part in tensor.__tensor_flatten__()[0]:
-                add(getattr(tensor, part))
-        else:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
 
-    for tensor in model.state_dict().values():
-        if isinstance(tensor, Tensor):
-            add(tensor.data)
-    return sum(storages.values())
+def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """The storages behind a tensor: of this rank's part of one that is spread over ranks; several behind a quantized one."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        for part in parts:
+            if isinstance(part, Tensor):  # else what the parts are spread over
+                yield from storages(part)
+    else:
+        yield tensor.untyped_storage()
 
 
 def room(device: torch.device) -> int:

@@ -69,7 +69,7 @@ class CommandApplied(_Event):
 
     type: Literal["command_applied"] = "command_applied"
     id: str
-    name: Literal["stop", "pause", "resume", "save", "set"]
+    name: Literal["stop", "pause", "resume", "save", "set", "snapshot"]
     settings: dict[str, float | str] = Field(default_factory=dict, description="For 'set': the new values by name.")
 
 

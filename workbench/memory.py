@@ -1,8 +1,10 @@
-"""Memory of training steps: what would fit, and what makes it fit.
+"""Memory of training steps: what would fit, what makes it fit, and what holds it.
 
 >>> choice = memory.optimizer(config, budget=8)          # GiB; short real steps are measured
 >>> train(config.override(choice.overrides))
 >>> memory.largest_batch(config, budget=8).samples
+
+>>> memory.snapshot_page(run)                            # every allocation of some steps, after run.memory_snapshot()
 
 In a run, ``TrainConfig.memory`` does the same: ``recompute="auto"``, ``offload="auto"`` and a ``budget``.
 """
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from workbench.errors import ConfigError
 from workbench.losses import LossConfig, make_loss
 from workbench.optim_config import OptimConfig
+from workbench.snapshot_page import snapshot_page
 from workbench.training.config import TrainConfig
 from workbench.training.economy import check_memory
 from workbench.training.fitting import GIB, Choice, LargestBatch, Tried, choose, free_for, largest
@@ -25,7 +28,7 @@ from workbench.training.memory_config import MemoryConfig
 from workbench.training.objective import Objective
 from workbench.training.trial import Setting, Trial, trial_of
 
-__all__ = ["Choice", "LargestBatch", "MemoryConfig", "Tried", "largest_batch", "optimizer"]
+__all__ = ["Choice", "LargestBatch", "MemoryConfig", "Tried", "largest_batch", "optimizer", "snapshot_page"]
 
 
 def optimizer(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 TERMINAL = ("finished", "stopped", "failed", "lost")
-COMMANDS = ("stop", "pause", "resume", "save", "set")
+COMMANDS = ("stop", "pause", "resume", "save", "set", "snapshot")
 LIVE: Mapping[str, str] = {
     "optim.lr": "peak",
     "optim.weight_decay": "weight_decay",
@@ -239,6 +239,12 @@ class Run:
         found = [p for p in (self.path / "checkpoints").glob("step-*") if p.is_dir() and p.suffix != ".tmp"]
         return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
+    @property
+    def snapshots(self) -> list[Path]:
+        """Memory snapshots, by step and rank."""
+        found = (self.path / "snapshots").glob("step-*-rank-*.json")
+        return sorted(found, key=lambda path: [int(number) for number in path.stem.split("-")[1::2]])
+
     def load_model(self, device: str = "cpu") -> nn.Module:
         """The trained model, in evaluation mode.
 
@@ -306,6 +312,18 @@ class Run:
     def save(self) -> None:
         """Save a checkpoint now."""
         self.command("save")
+
+    def memory_snapshot(self, steps: int = 2) -> None:
+        """Have every rank record the allocations of its next ``steps`` steps and write them down, for :attr:`snapshots` to list.
+
+        On a GPU; a run on a CPU says that it can't. ``workbench.memory.snapshot_page`` draws one.
+
+        Raises:
+            RunError: no process is there to obey, or ``steps`` is not from 1 to 50.
+        """
+        if not 1 <= steps <= 50:
+            raise RunError(f"steps={steps} must lie between 1 and 50.", "Two show what stays from one step to the next.")
+        self.command("snapshot", steps=steps)
 
     def set(self, **settings: float | str) -> None:
         """Change settings of the running optimizer after its present step.

@@ -19,6 +19,8 @@ launcher
 journal
 run
 supervisor
+snapshots
+snapshot_page
 placement
 distributed allocator
 data

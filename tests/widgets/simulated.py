@@ -43,6 +43,7 @@ class Simulation:
         fault: None, "vanishing", "exploding", "dead", "nan" or "slow".
         rich: with the columns that a probe may also tell: of gradients update_ratio, zeros and histogram, of activations dead
             and saturated, with the sampling's error and the reading's overhead.
+        told: whether its readings tell what holds the memory.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class Simulation:
         fault: str | None = None,
         blocks: tuple[int, ...] = (3, 3, 3),
         rich: bool = False,
+        told: bool = True,
     ) -> None:
-        self.rich = rich
+        self.rich, self.told = rich, told
         self.folder, self.total, self.every, self.ranks, self.fault = folder, total, every, ranks, fault
         self.at, self.attempt = 0, 0
         self.parameters, self.modules = resnet_names(blocks)
@@ -120,7 +122,9 @@ class Simulation:
             used = 3.1e8 + 2e7 * math.sin(self.at / 80) + 1e6 * min(self.at, 120) + rank * 3e7
             self._peak[rank] = max(self._peak[rank], used)
             fields = {"allocated": int(used), "reserved": int(used * 1.2), "peak": int(self._peak[rank]), "total": 17_179_869_184}
-            writer.write("memory", pa.table({"step": [self.at], **{k: [v] for k, v in fields.items()}}), self.at)
+            writer.write("memory", pa.table({"step": [self.at], **{k: [v] for k, v in self._held(fields).items()}}), self.at)
+            if self.told and self.at == self.every:
+                writer.write("memory_layers", self._layers(), self.at)
             writer.write("communication", pa.table(self._times(rank)), self.at)
 
     def _more(self, norm: np.ndarray) -> dict[str, object]:
@@ -131,6 +135,28 @@ class Simulation:
         counts[:, 0] += 100
         more: dict[str, object] = {"update_ratio": 1e-3 * norm / norm.max(), "zeros": np.full(len(norm), 0.1)}
         return more | {"histogram": pa.array(list(counts.astype(np.int32)))}
+
+    def _held(self, fields: dict[str, int]) -> dict[str, float]:
+        """What holds the memory, as a GPU's allocator would say; an earlier version's readings told no more than ``fields``."""
+        if not self.told:
+            return dict(fields)
+        weights, activations = 44_700_000, 170_000_000 + 400_000 * (self.at % 7)
+        found = {"parameters": weights, "gradients": weights, "optimizer": 2 * weights, "buffers": 38_000, "average": weights}
+        found |= dict.fromkeys(("exchange", "teacher"), 0) | {"data": 38_500_000}
+        found["other"] = fields["allocated"] - sum(found.values())
+        forward = sum(found.values()) - weights + activations
+        fields["peak"] = max(fields["peak"], forward + 9_000_000)
+        fields["reserved"] = int(1.1 * fields["peak"])
+        return {**fields, **found, "forward": forward, "accumulated": 0, "activations": activations, "fragmentation": 0.043}
+
+    def _layers(self) -> pa.Table:
+        names = self.modules
+        share = np.array([0 if "relu" in name else 4.0 ** (index / len(names)) for index, name in enumerate(names)])
+        kept = np.array([4.0 ** (1 - index / len(names)) for index in range(len(names))])
+        weights = (44_700_000 * share / share.sum()).astype(int)
+        columns = {"parameters": weights, "gradients": weights, "optimizer": 2 * weights}
+        columns["activations"] = (170_000_000 * kept / kept.sum()).astype(int)
+        return pa.table({"step": [self.at] * len(names), "layer": names, **columns})
 
     def _times(self, rank: int) -> dict[str, list[object]]:
         """Of a step of 24 ms; the last rank takes longest over its own work, with ``slow`` by half."""

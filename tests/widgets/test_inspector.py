@@ -281,7 +281,9 @@ class TestInspector:
 
     def test_figures_for_code(self, folder: Path) -> None:
         figures = Inspector(folder).figures()
-        assert set(figures) == {"loss", "gradients", "gradients:max", "activations", "memory", "throughput", "communication"}
+        assert set(figures) == {
+            *("loss", "gradients", "gradients:max", "activations", "memory", "memory_layers", "throughput", "communication"),
+        }
         assert len(figures["gradients"].data[0].y) == 29 and len(figures["gradients"].data[0].x) == 80
 
     def test_nothing_recorded_yet(self, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@
 * :mod:`widgets.inspector.beside` — a second run: which there are, and in which settings they differ;
 * :mod:`widgets.inspector.export` — the page as one file, with the recordings inside;
 * :mod:`widgets.inspector.figures` — the same as plotly figures, and as small static drawings;
-* ``inspector.js``, ``inspector.css`` — the page's side, over ``widgets/plotting.js``: ``charts.js`` and ``heat.js`` draw,
-  ``rows.js`` groups layers by blocks, ``time.js`` chooses the step, ``compare.js`` the other run; ``widget.js`` starts it in a
+* :mod:`widgets.inspector.memory` — what holds the memory; :mod:`widgets.inspector.snapshots` — memory snapshots in the page;
+* ``inspector.js``, ``inspector.css`` — the page's side, over ``widgets/plotting.js``: ``charts.js``, ``memory.js`` and
+  ``heat.js`` draw, ``rows.js`` groups layers by blocks, ``time.js`` chooses the step, ``compare.js`` the other run; ``widget.js`` starts it in a
   notebook, ``offline.js`` in an exported file.
 """
 

@@ -94,50 +94,6 @@ Object.assign(View.prototype, {
     return [{ type: "scatter", mode: "markers", x: at, y: at.map(() => top), text, hoverinfo: "text", marker, cliponaxis: false }];
   },
 
-  async memory(colours) {
-    const { store } = this;
-    const card = this.cards.memory;
-    const { ranks = [], total = 0 } = store.facts.get("memory") ?? {};
-    const chosen = store.facts.get("choice")?.rank ?? null;
-    const shown = chosen === null ? ranks : ranks.filter((rank) => rank === chosen);
-    const of = (rank, field) => store.lines.get(`memory:${rank}:${field}`);
-    if (!shown.some((rank) => of(rank, "allocated")?.x.length)) return card.wait();
-    const fields = shown.length === 1 ? ["allocated", "reserved", "peak"] : ["allocated"];
-    const most = (field) => Math.max(0, ...shown.flatMap((rank) => of(rank, field)?.y ?? []));
-    const peak = most("peak");
-    const largest = Math.max(peak, most("reserved"));
-    const unit = bytesUnit(largest);
-    const data = [];
-    const entries = [];
-    const text = (v) => (v === null ? "–" : (v / unit.size).toLocaleString("en", { maximumSignificantDigits: 3 }));
-    shown.forEach((rank, i) => {
-      fields.forEach((field, f) => {
-        const held = of(rank, field);
-        const same = field === "reserved" && held?.y.every((v, k) => v === of(rank, "allocated").y[k]);
-        if (!held || same) return;
-        const colour = colours.ink[(fields.length > 1 ? f : i) % colours.ink.length];
-        const dash = field === "peak" ? "dot" : "solid";
-        const label = fields.length > 1 ? field : `rank ${rank}`;
-        const fill = field === "allocated" && fields.length > 1 ? { fill: "tozeroy", fillcolor: faded(colour, 0.1) } : {};
-        data.push({ type: "scatter", mode: "lines", x: held.x, y: held.y.map((v) => (v === null ? null : v / unit.size)), name: label, line: { color: colour, width: 1.5, dash }, ...fill });
-        entries.push({ colour, label, value: text(lastOf(held)), dash: dash === "dot" });
-      });
-    });
-    const near = total > 0 && largest > 0.4 * total;
-    card.aside.replaceChildren(legendOf(entries));
-    const whole = bytesUnit(total);
-    const place = this.store.facts.get("header")?.facts.startsWith("cpu") ? "this machine" : "each device";
-    this.memoryTotal.hidden = !total;
-    this.memoryTotal.textContent = `${compact(total / whole.size)} ${whole.name} in all on ${place}; peak ${((100 * peak) / total).toFixed(0)} %`;
-    const layout = layoutOf(colours, { hovermode: "x unified", uirevision: "kept", xaxis: { title: { text: "step" } }, yaxis: { rangemode: "tozero", title: { text: unit.name }, nticks: 6 } });
-    if (near) {
-      const line = { color: colours.soft, width: 1, dash: "dash" };
-      layout.shapes = [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: total / unit.size, y1: total / unit.size, line }];
-      layout.yaxis.range = [0, (1.05 * total) / unit.size];
-    }
-    return card.react(data, layout);
-  },
-
   async throughput(colours) {
     const card = this.cards.throughput;
     const { ink } = colours;

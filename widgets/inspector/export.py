@@ -27,7 +27,7 @@ from widgets.live_plot import compressed_plotly, module
 
 SCRIPTS = (
     *("plotting.js", "inspector/parts.js", "inspector/rows.js", "inspector/time.js", "inspector/compare.js"),
-    *("inspector/inspector.js", "inspector/charts.js", "inspector/heat.js"),
+    *("inspector/inspector.js", "inspector/charts.js", "inspector/memory.js", "inspector/heat.js"),
 )
 """The page's scripts, in order; ``inspector/widget.js`` starts them in a notebook, ``inspector/offline.js`` in a file."""
 LIMIT = 6_000_000
@@ -59,7 +59,7 @@ def _page(name: str, data: bytes) -> bytes:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(name)}</title>",
-        f"<style>{theme.css('inspector/inspector.css', 'inspector/offline.css')}</style>",
+        f"<style>{theme.css('inspector/inspector.css', 'inspector/memory.css', 'inspector/offline.css')}</style>",
         '<body class="wb-offline"><main></main>',
         '<noscript><p class="wb">This page draws with scripts of its own; it makes no requests.</p></noscript>',
         *(_block(name, content) for name, content in (("plotly", compressed_plotly()), ("data", data))),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from widgets import svg
+from widgets.inspector.memory import plotly_layers, plotly_memory, static_memory
 from widgets.inspector.quantities import QUANTITIES
 from widgets.inspector.recording import FIELDS, TIMES, Recording
 
@@ -73,11 +74,9 @@ def plotly_figures(recording: Recording) -> dict[str, go.Figure]:
         figures["activations"] = go.Figure(heat).update_layout(xaxis=xaxis, yaxis_autorange="reversed")
     memory = {n: xy for n, xy in curves.items() if n.startswith("memory:")}
     if memory:
-        figures["memory"] = figure = go.Figure()
-        for name, (x, y) in memory.items():
-            _, rank, field = name.split(":")
-            figure.add_scatter(x=x, y=y, name=f"rank {rank} {field}", mode="lines")
-        figure.update_layout(xaxis_title="step", yaxis_title="bytes", yaxis_rangemode="tozero")
+        figures["memory"] = plotly_memory(memory, recording.holding)
+    if recording.holding.layers:
+        figures["memory_layers"] = plotly_layers(recording.holding)
     if "rate" in curves:
         figures["throughput"] = figure = go.Figure().add_scatter(x=curves["rate"][0], y=curves["rate"][1], mode="lines")
         figure.update_layout(xaxis_title="step", yaxis_title="samples/s", yaxis_rangemode="tozero")
@@ -130,7 +129,7 @@ def static_html(recording: Recording, header: Mapping[str, Any], findings: Findi
             if field == FIELDS[0] or not several and field == "peak":
                 memory[f"rank {rank}, GB" if several else f"{field}, GB"] = (x, y / 1e9, 1)
     if memory:
-        parts.append(_section("Memory", svg.chart(memory, height=140, from_zero=True)))
+        parts.append(_section("Memory", svg.chart(memory, height=140, from_zero=True) + static_memory(recording.holding)))
     if several and (ranks := recording.times()["ranks"]):
         lines = {f"rank {rank}, ms": recording.lines[f"time:{rank}:{TIMES[0]}"].arrays() for rank in ranks}
         lines["whole step, ms"] = recording.lines[f"time:{ranks[0]}:{TIMES[2]}"].arrays()

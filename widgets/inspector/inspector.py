@@ -22,6 +22,7 @@ from widgets.inspector import export, figures
 from widgets.inspector.beside import differences, neighbours
 from widgets.inspector.quantities import QUANTITIES
 from widgets.inspector.recording import Recording
+from widgets.inspector.snapshots import SnapshotView
 from widgets.live_plot import LiveWidget, module
 from workbench import diagnosis, events, remedies, storage
 from workbench.errors import RunError
@@ -56,7 +57,7 @@ class Inspector(LiveWidget):
     """
 
     _esm = module(*export.SCRIPTS, "inspector/widget.js")
-    _css = theme.css("inspector/inspector.css")
+    _css = theme.css("inspector/inspector.css", "inspector/memory.css")
     _followers: dict[Recording, Follower] | None = None  # also of an instance that was never made whole: ipywidgets closes it too
 
     def __init__(
@@ -73,6 +74,7 @@ class Inspector(LiveWidget):
         self._findings: list[events.Finding] = []
         self._applied: dict[str, str] = {}
         self._problem = ""
+        self._snapshots = SnapshotView()
         self._other: Recording | None = None
         self._differences: list[tuple[str, str, str]] = []
         self._followers = {}
@@ -94,6 +96,7 @@ class Inspector(LiveWidget):
             self._stop_following()
             self.run, self.recording, self._other, self._differences = run, Recording(run), None, []
             self._findings, self._applied, self._problem, self._last_diagnosis = [], {}, "", 0.0
+            self._snapshots = SnapshotView()
             if not self.static:
                 self._publish(whole=True)
                 self._follow(self.recording)
@@ -156,7 +159,7 @@ class Inspector(LiveWidget):
 
     def figures(self) -> dict[str, go.Figure]:
         """Plotly figures by name, of what has readings: ``loss``, ``gradients``, ``gradients:QUANTITY``, ``activations``,
-        ``memory``, ``throughput``, ``communication``."""
+        ``memory``, ``memory_layers``, ``throughput``, ``communication``."""
         with self._lock:
             recording = self._catch_up()
             return figures.plotly_figures(recording) if recording else {}
@@ -252,6 +255,7 @@ class Inspector(LiveWidget):
             ],
             "beside": None if other is None else self._header(other.run, other),
             "differences": self._differences,
+            **self._snapshots.facts(recording.run),
         }
 
     def _header(self, run: Run, recording: Recording) -> dict[str, Any]:
@@ -305,6 +309,8 @@ class Inspector(LiveWidget):
                 self.send({"kind": "file", "name": f"{self.run.id}.html"}, [self._exported()])
             elif kind == "apply" and isinstance(value, str):
                 self._apply(value)
+            elif kind in ("snapshot", "open_snapshot"):
+                self._snapshots.request(self.run, kind, value)
             elif kind == "rank" and (value is None or isinstance(value, int)) and value != recording.rank:
                 recording.rank = value
                 recording.reset_readings()

@@ -6,7 +6,7 @@
 
 Names in frames: lines ``loss``, ``rate``, ``metric:NAME``, ``memory:RANK:FIELD``, ``time:RANK:FIELD``; heat maps ``gradients``
 (norms, layer × step), ``gradients:QUANTITY`` of the chosen other quantity, and ``layer`` (value bin × step of the chosen layer);
-``activations``, the distributions of all layers at the chosen step.
+``memory:parts`` (holder × step, of the rank shown); ``activations``, the distributions of all layers at the chosen step.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 
 from widgets.frames import Columns, Frame, Line
 from widgets.inspector.histograms import Distributions, distributions, edges, levels
+from widgets.inspector.memory import Holding
 from widgets.inspector.quantities import QUANTITIES, quantities_of
 from workbench import events, storage
 from workbench.run import Run
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-KINDS = ("gradients", "activations", "memory", "communication")
+KINDS = ("gradients", "activations", "memory", "memory_layers", "communication")
 COLUMNS = 500
 """Columns of the gradients' heat map: a card is about that many pixels wide."""
 HISTORY = 120
@@ -113,6 +114,7 @@ class Recording:
         self.tables: dict[str, dict[int, tuple[list[Any], deque[Any]]]] = {kind: {} for kind in KINDS}
         self.links: dict[str, Any] = {}
         self._exposed: dict[int, float] = {}
+        self.holding = Holding()
         for name in [n for n in self.lines if n.startswith(("memory:", "time:"))]:
             del self.lines[name]
         self._changed = {"gradients", "activations", "layer", *self.lines}
@@ -176,6 +178,12 @@ class Recording:
             for name in FIELDS:
                 self._extend(f"memory:{rank}:{name}", table["step"].to_pylist(), table[name].to_pylist())
             self.total = max(self.total, float(table["total"][0].as_py()))
+            if self._alone(rank) and self.holding.take(table):
+                self._changed.add("memory:parts")
+            return True
+        if kind == "memory_layers":
+            if self._alone(rank):
+                self.holding.take_layers(table)
             return True
         if kind == "communication":
             self._take_times(rank, table)
@@ -194,6 +202,10 @@ class Recording:
             whole[index[begin:end]] = values[begin:end]
             self._joins[kind].put(int(steps[begin]), rank, whole)
         return True
+
+    def _alone(self, rank: int) -> bool:
+        """Whether this rank is the one shown, and what holds its memory with it."""
+        return self.rank == rank or (self.rank is None and self.world_size == 1)
 
     def _take_times(self, rank: int, table: pa.Table) -> None:
         steps, busy, waited, exposed = (np.asarray(table[name], dtype="f8") for name in ("step", "busy", "waited", "exposed"))
@@ -316,6 +328,8 @@ class Recording:
             self._sent_facts.clear()
         for name, value in self.facts().items():
             self.fact(frame, name, value)
+        if self.holding.stack is not None and (whole or "memory:parts" in changed):
+            _write(self.holding.stack, frame, "memory:parts", whole)
         for name in sorted(changed & set(self.lines)):
             self.lines[name].write(frame, name, whole)
         if "gradients" in changed:
@@ -343,6 +357,8 @@ class Recording:
             "quantities": [{n: getattr(q, n) for n in ("name", "label", "log", "block", "meaning")} for q in told],
             "sampling": {n: float(f"{v:.3g}") for n, v in self.sampling.items() if v is not None and 0 <= v <= 1},
         }
+        if self.holding.stack is not None:
+            facts["memory:holding"] = self.holding.fact()
         return facts | ({"edges": edges(self.bins)} if self.bins else {})
 
     def times(self) -> dict[str, Any]:

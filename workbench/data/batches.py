@@ -109,6 +109,11 @@ class Batches:
         """Whether samples are held as tensors (on the device) rather than read by loader processes."""
         return isinstance(self.splits.train, Arrays) and self.config.placement != "loader"
 
+    @property
+    def waiting(self) -> list[Tensor]:
+        """Samples that wait on the device, training and held-out ones."""
+        return [part for split in (self._source, self._held_out) if split is not None for part in split]
+
     def close(self) -> None:
         """End the loader's processes now, not when the last reference goes (an error's traceback may hold one for long)."""
         _end(getattr(self._loader, "_iterator", None))

@@ -8,9 +8,10 @@ probe is one class under one name in ``PROBES``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 
 from workbench.probes.config import ProbeConfig
 from workbench.probes.kernels import Bins
+
+if TYPE_CHECKING:
+    from workbench.probes.holders import RunParts
 
 ACTIVATIONS = Bins(-24, 16, per_octave=2, signed=True)
 """Of layers' outputs: ± 2^(k/2) from 2^-24, the smallest number of fp16, to 2^16, beyond its largest, and ± infinity."""
@@ -121,9 +125,16 @@ class Probe:
         """Hook into the model, before it is compiled or wrapped; returns the detach."""
         return lambda: None
 
+    def join(self, parts: RunParts) -> None:
+        """The trainer is complete, and this is what it is made of."""
+
     def arm(self) -> None:
         """The coming step is to be read."""
         self.armed = True
+
+    def forward(self) -> AbstractContextManager[Any]:
+        """Around each forward pass, loss included, of a step that is read; outside of what is compiled."""
+        return nullcontext()
 
     def read(self, context: StepContext) -> Tensor | None:
         """After the backward pass, before the update: what was read, on the device; None when there is nothing."""
@@ -136,6 +147,10 @@ class Probe:
     def table(self, step: int, values: npt.NDArray[Any]) -> dict[str, Any]:
         """Columns of the readings, from the host's copy of what :meth:`read` or :meth:`updated` gave."""
         raise NotImplementedError(f"{type(self).__name__} must say how its readings are tabled.")
+
+    def tables(self, step: int, values: npt.NDArray[Any]) -> dict[str, dict[str, Any]]:
+        """Tables by kind, where there is more to write than one."""
+        return {self.kind: self.table(step, values)}
 
 
 def computing_again() -> bool:

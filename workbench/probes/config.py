@@ -37,12 +37,25 @@ class ProbeConfig(Config):
     )
 
 
+class MemoryProbeConfig(ProbeConfig):
+    """The memory probe."""
+
+    snapshot_steps: int = Field(
+        0,
+        ge=0,
+        le=50,
+        description="Steps at the start of which, on a GPU, every allocation is recorded and written as a memory snapshot; "
+        "0 none. Run.memory_snapshot() asks a running run for one.",
+        json_schema_extra=hint(advanced=True),
+    )
+
+
 class ProbesConfig(Config):
     """The Inspector's sources."""
 
     gradients: ProbeConfig = Field(ProbeConfig(), description="Gradient and weight norms by parameter.")
     activations: ProbeConfig = Field(ProbeConfig(), description="Distribution of each layer's output.")
-    memory: ProbeConfig = Field(ProbeConfig(), description="Memory of each rank.")
+    memory: MemoryProbeConfig = Field(MemoryProbeConfig(), description="Memory of each rank, and what holds it.")
     communication: ProbeConfig = Field(ProbeConfig(), description="Each rank's work, and its waits for samples and other ranks.")
     more: dict[str, ProbeConfig] = Field(
         {}, description="Further registered probes by name.", json_schema_extra=hint(advanced=True)

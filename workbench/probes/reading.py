@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from workbench.probes.base import Probe, StepContext, host_array
+
+if TYPE_CHECKING:
+    from workbench.probes.holders import RunParts
 
 Deliver = Callable[[str, int, dict[str, Any]], None]
 
@@ -40,6 +44,11 @@ class ProbeSet:
             probe.computes = computes or probe.computes
         self._detach = [probe.attach(model) for probe, _ in self._probes]
 
+    def join(self, parts: RunParts) -> None:
+        """What the trainer is made of, once it is complete."""
+        for probe, _ in self._probes:
+            probe.join(parts)
+
     def detach(self) -> None:
         for detach in self._detach:
             detach()
@@ -50,6 +59,14 @@ class ProbeSet:
         self._due = [probe for probe, every in self._probes if step == 1 or step % every == 0]
         for probe in self._due:
             probe.arm()
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around a forward pass of the present step."""
+        with ExitStack() as stack:
+            for probe in self._due:
+                stack.enter_context(probe.forward())
+            yield
 
     @property
     def timed(self) -> bool:
@@ -91,4 +108,5 @@ class ProbeSet:
                 elif not arrived.query():
                     return
             self._on_the_way.popleft()
-            self._deliver(probe.kind, step, probe.table(step, host_array(host)))
+            for kind, columns in probe.tables(step, host_array(host)).items():
+                self._deliver(kind, step, columns)

@@ -95,8 +95,13 @@ def payload(objective: Objective, config: CommunicationConfig, low_rank: LowRank
     """Bytes of gradients that a rank gives to its peers each step."""
     if low_rank is not None:
         return low_rank.payload * 4
-    total = sum(parameter.numel() * parameter.element_size() for parameter in _exchanged(objective))
+    total = exchanged_bytes(objective)
     return total // 2 if config.compress == "bf16" else total
+
+
+def exchanged_bytes(objective: Objective) -> int:
+    """Bytes of the gradients that copies average, and of the buckets in which they do."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in _exchanged(objective))
 
 
 def _exchanged(objective: Objective) -> list[torch.nn.Parameter]:
@@ -136,7 +141,7 @@ def decide_bucket(
 
 
 def _fastest(config: TrainConfig, objective: Objective, batches: Batches, precision: Precision, world: World) -> tuple[Any, str]:
-    whole = sum(p.numel() * p.element_size() for p in _exchanged(objective)) / 2**20
+    whole = exchanged_bytes(objective) / 2**20
     candidates = [size for size in CANDIDATES if size == "whole" or float(size) < whole]
     if candidates == ["whole"]:
         return DEFAULT, f"all gradients together, {whole:.3g} MiB, are less than a bucket"

@@ -19,7 +19,7 @@ from workbench.data.batches import Batch
 from workbench.distributed import World, local, whole
 from workbench.errors import ConfigError
 from workbench.training.blocks import blocks_of
-from workbench.training.communication import payload, replicate
+from workbench.training.communication import exchanged_bytes, payload, replicate
 from workbench.training.communication_config import CommunicationConfig
 from workbench.training.mesh import Mesh
 from workbench.training.objective import Objective
@@ -33,9 +33,12 @@ class Parallel:
     Attributes:
         forward: to be called in the objective's place.
         payload: bytes of gradients that this rank gives to its peers each step, as far as they can be counted.
+        buckets: bytes of the memory, kept between steps, that gradients travel in; ``views``: they lie in it from the first.
     """
 
     payload = 0
+    buckets = 0
+    views = False
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
@@ -108,6 +111,7 @@ class Replicated(Parallel):
         self._rank = world.rank
         self.forward, self._low_rank = replicate(objective, communication, deterministic=deterministic)
         self.payload = payload(objective, communication, self._low_rank)
+        self.buckets, self.views = exchanged_bytes(objective), self.forward.gradient_as_bucket_view
 
     def micro_step(self, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last else self.forward.no_sync()

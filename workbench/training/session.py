@@ -83,13 +83,16 @@ def execute(run: Run, attempt: int, *, data: Any = None) -> Trainer:
                 trainer = _build(config, run, recorder, control, world, data)
                 stack.callback(trainer.batches.close)
                 stack.callback(trainer.precision.release)
+                stack.callback(trainer.snapshots.close)
                 trainer.fit()
                 _finish(trainer, run, recorder, world)
             return trainer
         except BaseException as error:
             trace = traceback.format_exc()
-            advice = advise(trainer, error) if trainer is not None and ran_out(error) else None
-            said = in_words(error, config, advice) if config is not None else error
+            short = trainer if ran_out(error) else None
+            snapshot = short.snapshots.failed(short.step) if short is not None else None
+            advice = advise(short, error) if short is not None else None
+            said = in_words(error, config, advice, snapshot) if config is not None else error
             failed = events.Failed(
                 step=trainer.step if trainer else 0,
                 error=type(said).__name__,
@@ -333,7 +336,9 @@ def _finish(trainer: Trainer, run: Run, recorder: Recorder, world: World) -> Non
             recorder.emit(events.Finished(step=trainer.step, metrics=trainer.metrics))
 
 
-def in_words(error: BaseException, config: TrainConfig, advice: Advice | None = None) -> BaseException:
+def in_words(
+    error: BaseException, config: TrainConfig, advice: Advice | None = None, snapshot: Path | None = None
+) -> BaseException:
     """An error that says what to do, where we know; otherwise the error itself."""
     text = str(error)
     if ran_out(error):
@@ -341,6 +346,8 @@ def in_words(error: BaseException, config: TrainConfig, advice: Advice | None = 
         what = f"Out of memory with data.batch_size={config.data.batch_size}{f', asking for {asked[1]}' if asked else ''}."
         if advice is not None:
             what += f" A step takes about {advice.needed / GIB:.3g} GiB, and there are {advice.available / GIB:.3g} for it."
+        if snapshot is not None:
+            what += f" What held the memory then is in snapshots/{snapshot.name}: memory.snapshot_page(run) draws it."
         if advice is not None and advice.remedies:
             fitting = "; ".join(map(str, advice.remedies))
             return MemoryExhausted(what, f"Set one of these, each proved by a step to fit: {fitting}.")

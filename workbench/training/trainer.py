@@ -8,7 +8,7 @@ probes, and what is written to the run folder (:mod:`recorder`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from workbench.distributed import sum_over_ranks
 from workbench.errors import NonFiniteLoss
 from workbench.optim import AdaptiveGradientClipper, ClipConfig, Schedule, make_optimizer
 from workbench.probes import ProbeSet, StepContext
+from workbench.probes.holders import RunParts
 from workbench.training import checkpoint
 from workbench.training.average import WeightAverage
 from workbench.training.balance import Balance
@@ -35,6 +36,7 @@ from workbench.training.objective import Objective
 from workbench.training.parallel import parallelize
 from workbench.training.precision import Precision
 from workbench.training.recorder import Recorder
+from workbench.training.snapshots import Snapshots
 from workbench.training.stages import Stage
 
 
@@ -86,6 +88,9 @@ class Trainer:
         self.schedule = Schedule(config.schedule, config.optim.lr, self.total_steps)
         self.meter = Meter(config.log_every, mesh.world, self._report)
         self.clock, self.balance = StepClock(mesh.world.device, batches, self.parallel.payload), balance
+        parts = self._parts(compile_mode, stage)
+        self.probes.join(parts)
+        self.snapshots = Snapshots(recorder.folder, mesh.world, parts, self._say)
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.stopped = False
@@ -101,6 +106,7 @@ class Trainer:
     def fit(self) -> None:
         """Train from the present step to the last, or until stopped."""
         self.model.train()
+        self.snapshots.ask(self.config.probes.memory.snapshot_steps, self.step)
         self._go_on()
         while self.step < self.total_steps and not self.stopped:
             for micro_batches in self.batches.epoch(self.epoch, start=self.step % self.batches.steps_per_epoch):
@@ -129,6 +135,7 @@ class Trainer:
         timing = self.clock.gathered()
         self.balance.take(self.step, timing)
         self.probes.read(StepContext(self.step + 1, self.precision.scale, timing))
+        self.snapshots.computed(self.step + 1)
         with self.clipper or nullcontext():
             self.precision.step(self.optimizer)
         self.probes.updated()
@@ -141,6 +148,7 @@ class Trainer:
         """Between two steps: what is due by step, by epoch, or on command."""
         self.recorder.progressed(self.step)
         self.balance.after(self.step)
+        self.snapshots.after(self.step)
         commands = self.control.due(self.step)
         for command in commands:
             self.apply(command)
@@ -168,6 +176,8 @@ class Trainer:
         match command.name:
             case "save":
                 self.save()
+            case "snapshot":
+                self.snapshots.ask(int(command.settings.get("steps", 1)), self.step)
             case "stop":
                 self.save()
                 self.stopped = True
@@ -303,8 +313,28 @@ class Trainer:
 
     @contextmanager
     def _forward(self) -> Iterator[None]:
-        with self.economy.forward(), self.precision.autocast():
+        with self.snapshots.forward(self.step + 1), self.probes.forward(), self.economy.forward(), self.precision.autocast():
             yield
+
+    def _parts(self, compile_mode: str, stage: Stage | None) -> RunParts:
+        """What holds memory here, to be told apart."""
+        taught = self.objective.distillation
+        named: dict[str, Callable[[], Iterable[Tensor]]] = {
+            "average": lambda: self.average.state.values(),
+            "exchange": lambda: self.parallel.carried().values(),
+            "data": lambda: self.batches.waiting,
+        }
+        if taught is not None:
+            named["teacher"] = lambda: (*taught.teacher.parameters(), *taught.teacher.buffers())
+        return RunParts(
+            trained=self.trained,
+            optimizer=self.optimizer,
+            named=named,
+            buckets=self.parallel.buckets,
+            views=self.parallel.views,
+            compiled=compile_mode != "off",
+            flying=1 if stage is None else self.mesh["pipeline"] - self.mesh.place["pipeline"],
+        )
 
     def _set_rate(self) -> float:
         rate = self.schedule.rate(self.step)
@@ -335,6 +365,9 @@ class Trainer:
                 f"Try a lower rate (optim.lr={self.config.optim.lr / 10:g}), clipping (clip.mode=dynamic), or precision=fp32; "
                 "resume() would go on from the last checkpoint.",
             )
+
+    def _say(self, words: str) -> None:
+        self._emit(events.Finding(step=self.step, name="memory_snapshot", severity="info", message=words))
 
     def _emit(self, event: events.Event) -> None:
         if self.world.main:
