@@ -81,6 +81,7 @@ def test_holders_add_up_to_the_allocators_counters_and_nothing_waits(mode: str) 
         gradients[number] = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         probes.read(StepContext(number))
         optimizer.step()
+        probes.updated()
         optimizer.zero_grad(set_to_none=True)
 
     for number in (1, 2, 3):  # compiled, recorded and replayed

@@ -101,6 +101,7 @@ def test_holders_are_storages_and_activations_what_autograd_saves(name: str) -> 
         graph = {address: size for address, size in saved(loss.grad_fn) if address not in kept}
         loss.backward()
         probes.read(StepContext(step))
+        probes.updated()
         row = {key: pa.array(value)[0].as_py() for key, value in found["memory", step].items()}
         assert row["allocated"] == sum(row[holder] for holder in HOLDERS) + row["other"]
         assert row["parameters"] == row["gradients"] == sum(p.nbytes for p in model.parameters())

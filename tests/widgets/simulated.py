@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from workbench import events, launcher, storage
 
-BINS = 131
+BINS = 163
 SAMPLE = 512
 
 

@@ -9,8 +9,8 @@
 * :mod:`widgets.inspector.figures` — the same as plotly figures, and as small static drawings;
 * :mod:`widgets.inspector.memory` — what holds the memory; :mod:`widgets.inspector.snapshots` — memory snapshots in the page;
 * ``inspector.js``, ``inspector.css`` — the page's side, over ``widgets/plotting.js``: ``charts.js``, ``memory.js`` and
-  ``heat.js`` draw, ``rows.js`` groups layers by blocks, ``time.js`` chooses the step, ``compare.js`` the other run; ``widget.js`` starts it in a
-  notebook, ``offline.js`` in an exported file.
+  ``heat.js`` draw, ``rows.js`` groups layers by blocks, ``time.js`` chooses the step, ``compare.js`` the other run;
+  ``widget.js`` starts it in a notebook, ``offline.js`` in an exported file.
 """
 
 from __future__ import annotations
