@@ -26,9 +26,6 @@ from workbench.training.objective import Objective
 from workbench.training.pipeline import Line, one_forward_one_backward, through
 from workbench.training.stages import Stage
 
-CAPTURED = ("reduce-overhead", "max-autotune")
-"""Modes of compilation that capture graphs."""
-
 
 class Parallel:
     """An objective on one rank, alone or with ranks that compute the same samples.
@@ -279,20 +276,16 @@ def parallelize(
     Raises:
         ConfigError: a divided model with captured graphs, whose tensors must stay where they are.
     """
-    # Captured as one graph, a copy's backward pass would give all gradients at its end, and none could travel while it runs.
-    by_blocks = not mesh.plain or (mesh.copies > 1 and compile_mode in CAPTURED)
-    if by_blocks:
-        objective._compiled_call_impl = None  # as it may have been measured
     if compile_mode != "off" and objective._compiled_call_impl is None:
         torch.compiler.reset()  # what a kernel compiled before must not decide how this run is compiled, nor use up the limit
-        if not mesh.plain and compile_mode in CAPTURED:
+        if not mesh.plain and compile_mode != "default":
             raise ConfigError(
                 f"compile={compile_mode!r} captures graphs, and a divided model exchanges tensors within.",
                 "Take compile='default' or 'off' with mesh.shard or mesh.tensor, or replicate the model.",
             )
-        # Between blocks, weights are gathered, or gradients given away: each is compiled for itself, and equal ones once.
+        # Between blocks, weights are gathered: each is compiled for itself, and equal ones once.
         blocks = blocks_of(objective.model) if stage is None else stage.blocks
-        for part in blocks if by_blocks and (blocks or not mesh.plain) else [objective]:
+        for part in [objective] if mesh.plain else blocks:
             part.compile(mode=None if compile_mode == "default" else compile_mode)
     if stage is not None:
         return Staged(objective, mesh, stage)
