@@ -70,7 +70,9 @@ class CommandApplied(_Event):
     type: Literal["command_applied"] = "command_applied"
     id: str
     name: Literal["stop", "pause", "resume", "save", "set", "snapshot"]
-    settings: dict[str, float | str] = Field(default_factory=dict, description="For 'set': the new values by name.")
+    settings: dict[str, Annotated[float | str, Field(union_mode="left_to_right")]] = Field(
+        default_factory=dict, description="For 'set': the new values by name."
+    )
 
 
 class Finding(_Event):

@@ -13,6 +13,7 @@ from workbench.compress import QuantConfig, compiled, quantize
 from workbench.compress.compilation import has_compiler
 from workbench.compress.equalization import equalize
 from workbench.compress.graph import export_graph
+from workbench.compress.saturation import saturates
 from workbench.models import ModelConfig, build_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
@@ -58,6 +59,7 @@ def test_the_function_stays_and_channels_have_one_range(model: nn.Module, x: Ten
     torch.testing.assert_close(ranges, ranges[:1].expand(8), rtol=1e-4, atol=0)
 
 
+@pytest.mark.skipif(saturates(), reason="INT8 products saturate on this CPU, which has no VNNI")
 def test_int8_comes_closer_and_reloads(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
     plain = quantize(model, QuantConfig(equalize=False, correct_bias=False), x)
     equalized = quantize(model, QuantConfig(correct_bias=False), x)

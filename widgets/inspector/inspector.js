@@ -71,6 +71,7 @@ class View {
     const all = [...names];
     if (whole || all.some((n) => n === "loss" || n.startsWith("metric"))) painter.touch("loss");
     if (whole || all.some((n) => n.startsWith("memory"))) painter.touch("memory");
+    if (names.has("memory:snapshot")) this.memoryParts?.drawFrame(); // below the card, which then is out of sight and not drawn
     if (whole || names.has("rate") || names.has("sampling")) painter.touch("throughput");
     if (whole || names.has("choice") || all.some((n) => n.startsWith("time"))) painter.touch("communication");
     if (whole || all.some((n) => n.startsWith("gradients"))) painter.touch("gradients", "norm");

@@ -11,6 +11,7 @@ What *static* gives is an exported graph (:mod:`~workbench.compress.graph`); it 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ from workbench.compress.graph import QuantizedModel, check_unquantized, our_vers
 from workbench.compress.quantization_config import QuantConfig
 from workbench.compress.rounding import FLOAT_OPERATIONS
 from workbench.compress.sample import try_out
+from workbench.compress.saturation import SATURATES, saturates
 from workbench.errors import ConfigError, DataError, ModelError
 from workbench.models.structure import count_parameters, structure_of
 from workbench.registry import Registry
@@ -103,6 +105,8 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, data: Any = No
             )
         config = recorded
     config = config or QuantConfig()
+    if config.mode in ("static", "dynamic", "qat") and config.backend == "cpu" and config.activation_bit == 8 and saturates():
+        logging.getLogger("workbench").warning(SATURATES)
     if config.mode == "qat" and not qat.is_prepared(model):
         raise ModelError(
             "Quantization-aware training isn't a single call: it trains.",

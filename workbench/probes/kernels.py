@@ -108,9 +108,14 @@ class Layout:
 
     def places(self, device: torch.device) -> Tensor:
         """int64 [rows × units]: where the sample's elements lie."""
-        position = torch.arange(self.rows, device=device) * self.step % self.positions
-        start = position // self.inner * (self.units * self.inner) + position % self.inner
-        return (start[:, None] + torch.arange(self.units, device=device) * self.inner).reshape(-1)
+        return _places(self).to(device)
+
+
+@cache
+def _places(layout: Layout) -> Tensor:
+    position = torch.arange(layout.rows) * layout.step % layout.positions
+    start = position // layout.inner * (layout.units * layout.inner) + position % layout.inner
+    return (start[:, None] + torch.arange(layout.units) * layout.inner).reshape(-1)
 
 
 def in_memory_order(value: Tensor) -> Tensor:
@@ -175,8 +180,9 @@ class Tally:
         rows, programs = len(dims), PROGRAMS if device.type == "cuda" else 1
         self.partials = torch.zeros(rows, programs, FIELDS, dtype=torch.float64, device=device)
         self.samples = torch.zeros(rows, sample, device=device)
-        self.limits = torch.tensor(limits or [(0.0, -math.inf, math.inf)] * rows, device=device).reshape(rows, 3)
-        self.runs = torch.zeros(rows if limits is not None else 0, 2, sample, dtype=torch.int32, device=device)
+        beside = device if device.type == "cuda" else torch.device("cpu")  # where what was recorded is finished
+        self.limits = torch.tensor(limits or [(0.0, -math.inf, math.inf)] * rows, device=beside).reshape(rows, 3)
+        self.runs = torch.zeros(rows if limits is not None else 0, 2, sample, dtype=torch.int32, device=beside)
         """By unit: sampled values since the last one that was not zero, and since the last one that was free."""
         self._reset()
         for tensor in (self.partials, self.samples):  # else graphs that write there would not be captured
@@ -279,22 +285,23 @@ class Tally:
         if self.partials.is_cuda:
             found: Tensor = _cuda().finish(self.partials, self.samples, self.bins, self.limits, self.runs)
             return found
-        units, taken = self.partials[:, 0, 7].long(), self.partials[:, 0, 8].long()
+        partials, samples = self.partials[:, 0].cpu(), self.samples.cpu()
+        units, taken = partials[:, 7].long(), partials[:, 8].long()
         seen = units * taken
-        inside = torch.arange(self.samples.shape[1]) < seen[:, None]
-        place = torch.where(inside, self.bins.place(self.samples), self.bins.count)
+        inside = torch.arange(samples.shape[1]) < seen[:, None]
+        place = torch.where(inside, self.bins.place(samples), self.bins.count)
         counts = torch.zeros(len(seen), self.bins.count + 1, dtype=torch.float64)
         counts.scatter_add_(1, place, torch.ones_like(place, dtype=torch.float64))
         still = torch.zeros(len(seen), 2, dtype=torch.float64)
         for row in torch.nonzero(seen).flatten().tolist() if len(self.runs) else ():
-            still[row] = self._still(row, int(units[row]), int(taken[row]))
-        found = torch.cat([self.partials[:, 0, :MOMENTS], seen[:, None], still, counts[:, : self.bins.count]], dim=1)
+            still[row] = self._still(row, samples[row, : int(seen[row])].view(int(taken[row]), -1))
+        found = torch.cat([partials[:, :MOMENTS], seen[:, None], still, counts[:, : self.bins.count]], dim=1)
         self._reset()
         return found
 
-    def _still(self, row: int, units: int, taken: int) -> Tensor:
-        """float64 [2]: shares of the row's units that are dead, and that are stuck at a bound."""
-        sample = self.samples[row, : units * taken].view(taken, units)
+    def _still(self, row: int, sample: Tensor) -> Tensor:
+        """float64 [2]: shares of the row's units that are dead, and that are stuck at a bound, by a sample [rows, units]."""
+        taken, units = sample.shape
         zero, low, high = self.limits[row]
         moved = torch.stack([(sample.abs() > zero).any(0), ((sample > low) & (sample < high)).any(0)])
         runs = torch.where(moved, 0, (self.runs[row, :, :units] + taken).clamp(max=ENOUGH))
