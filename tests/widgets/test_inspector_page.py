@@ -166,6 +166,7 @@ class TestExport:
             "loss",
             "rate",
             "memory:0:peak",
+            "memory:parts",
             "header",
             "findings",
             *(f"gradients:{n}" for n in QUANTITY if n != "norm"),

@@ -92,6 +92,7 @@ def _write(recording: Recording, frame: Frame, stride: int) -> None:
         x, y = line.arrays()
         frame.add("line", name, x, _rounded(y), at=0, n=len(x))
     grids = {"gradients": recording.gradients} | {f"gradients:{name}": grid for name, grid in recording.others.items()}
+    grids["memory:parts"] = recording.holding.stack
     for name, grid in grids.items():
         if grid is not None:
             x, values = _thinned(grid, stride)
