@@ -189,7 +189,7 @@ class TestExport:
         less = page("run", recordings, {}, limit=len(whole) - 1)
         assert len(less) < len(whole)
         columns = {o["name"]: o["n"] for o in unpacked(less) if o["op"] in ("columns", "history")}
-        assert columns == {"gradients": 20, "gradients:max": 20, "activations": 20}
+        assert columns == {"gradients": 20, "gradients:max": 20, "memory:parts": 20, "activations": 20}
         assert next(o for o in unpacked(less) if o["name"] == "loss")["n"] == 200
 
     def test_a_live_page_does_not_notice(self, tmp_path: Path) -> None:
