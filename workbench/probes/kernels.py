@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -37,6 +37,9 @@ HEAD = MOMENTS + 3
 ENOUGH = 64
 """Sampled values without another one between them by which a unit is held to be dead, or stuck at a bound. One that is alive
 for a share p of its values goes for dead with a probability of (1 - p)^64: 4 % for p = 0.05, 0.1 % for p = 0.1."""
+
+SHAPES = 256
+"""Shapes, or sets of shapes, whose layouts are kept: batches of many lengths would else fill the memory with them."""
 
 CHUNK = 1 << 16
 """Elements of a program's share when several tensors are recorded by one launch."""
@@ -111,7 +114,7 @@ class Layout:
         return _places(self).to(device)
 
 
-@cache
+@lru_cache(maxsize=SHAPES)
 def _places(layout: Layout) -> Tensor:
     position = torch.arange(layout.rows) * layout.step % layout.positions
     start = position // layout.inner * (layout.units * layout.inner) + position % layout.inner
@@ -137,7 +140,7 @@ def layout_of(value: Tensor, dim: int, sample: int) -> Layout:
     return _layout(shape, axis if dim else 0, sample)
 
 
-@cache
+@lru_cache(maxsize=8 * SHAPES)
 def _layout(shape: tuple[int, ...], axis: int, sample: int) -> Layout:
     count = math.prod(shape)
     units = inner = 1
@@ -271,6 +274,8 @@ class Tally:
         for dtype, places in by_type.items():
             key = (dtype, *((rows[place], values[place].shape, values[place].stride()) for place in places))
             if key not in self._plans:
+                if len(self._plans) >= SHAPES:
+                    self._plans.pop(next(iter(self._plans)))
                 sample = self.samples.shape[1]
                 layouts = [layout_of(values[place], self.dims[rows[place]], sample) for place in places]
                 self._plans[key] = Plan([rows[place] for place in places], layouts, dtype, self.samples.device)
