@@ -20,6 +20,9 @@ from workbench.data.config import DataConfig
 from workbench.data.splits import load_splits
 from workbench.training.balance import SETTING
 from workbench.training.clock import StepClock
+from workbench.training.device_time import mark, marked
+from workbench.training.objective import Objective
+from workbench.training.parallel import Parallel
 
 TRAINING = Path(__file__).parents[1] / "training"
 
@@ -30,9 +33,13 @@ pytestmark = [
 two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two CUDA devices")
 
 
-def test_a_step_is_timed_without_waiting_for_the_device() -> None:
+@pytest.mark.parametrize("within", [False, True])
+def test_a_step_is_timed_without_waiting_for_the_device(within: bool) -> None:
+    """By events after the backward pass, and by the device's own clock within it."""
     batches = Batches(load_splits(DataConfig(limit=64)), DataConfig(batch_size=32), Shard(), Target(torch.device("cuda")), 0)
-    clock, model = StepClock(torch.device("cuda"), batches, 4), nn.Linear(4096, 4096).cuda()
+    parallel = Parallel(Objective(nn.Linear(4096, 4096).cuda(), nn.CrossEntropyLoss()))
+    parallel.payload, parallel.marked = 4, marked(torch.device("cuda", 0)) if within else None
+    clock, model = StepClock(torch.device("cuda"), batches, parallel), parallel.objective.model
     x = torch.randn(4096, 4096, device="cuda")
     model(x).square().mean().backward()
     torch.cuda.synchronize()
@@ -41,6 +48,8 @@ def test_a_step_is_timed_without_waiting_for_the_device() -> None:
     try:
         for _ in range(5):
             clock.watch(model(x).square().mean()).backward()
+            if within:
+                mark(x[:1])
             timings.append(clock.gathered())
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -68,6 +77,9 @@ def test_each_exchange_is_as_near_the_mean_over_nccl_as_over_gloo(tmp_path: Path
         for exact in ("whole", "small buckets", "powersgd, exact steps"):
             assert compared[exact]["distance"] < 1e-6
         assert 0 < compared["bf16"]["distance"] < 2**-8
+        for name, apart in {"small buckets": 1e-4, "whole": 1e-4, "bf16": 2**-7}.items():
+            captured = rank["compiled"][name]
+            assert captured["names"] and captured["way"] == "CompiledReplicas" and captured["distance"] < apart
         assert 0 < compared["powersgd 16"]["distance"] < compared["powersgd 4"]["distance"] < 1
         assert rank["kept"]["apart"] < 1e-12 and rank["kept"]["goes on"] and rank["recovered"] < 1e-9
         assert rank["measured"]["unchanged"] and rank["measured"]["reused"]

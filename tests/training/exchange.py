@@ -26,6 +26,7 @@ from workbench.training.decisions import Decisions
 from workbench.training.lowrank import LowRank
 from workbench.training.mesh import Mesh
 from workbench.training.objective import Objective
+from workbench.training.parallel import Parallel, parallelize
 from workbench.training.precision import Precision
 
 CUDA = os.environ.get("EXCHANGE_DEVICE") == "cuda"
@@ -154,6 +155,68 @@ def recovered(rank: int) -> float:
     return worst
 
 
+class Tied(nn.Module):
+    """One matrix used twice, one that is frozen, one that no output depends on, odd numbers of elements, channels last."""
+
+    def __init__(self, broken: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+        self.norm = nn.BatchNorm2d(8)
+        self.mixed, self.frozen = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.unused = None if broken else nn.Linear(8, 8)  # which DDP does not take
+        self.frozen.requires_grad_(False)
+        self.head, self.broken = nn.Linear(8, 3), broken
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(self.conv(x)).relu().mean((2, 3))
+        if self.broken:
+            torch._dynamo.graph_break()
+        return self.head(self.mixed(self.frozen(self.mixed(hidden))))
+
+
+def compiled(world: World) -> dict[str, Any]:
+    """Gradients averaged within the compiled backward pass against the exact means; which way was taken; when it was ready."""
+    found: dict[str, Any] = {}
+    mesh = Mesh({"replicate": world.size, "shard": 1}, world)
+    for name, broken, settings in [
+        ("small buckets", False, {"bucket": 0.0005}),
+        ("whole", False, {"bucket": "whole"}),
+        ("bf16", False, {"compress": "bf16"}),
+        ("in parts", True, {}),
+    ]:
+        sides = []
+        for alone in (True, False):
+            torch.manual_seed(world.rank)  # what the ranks begin with is the first one's
+            made = Objective(Tied(broken).to(DEVICE), nn.CrossEntropyLoss())
+            if alone:
+                for parameter in made.parameters():
+                    dist.broadcast(parameter.detach(), src=0)
+            mode = "reduce-overhead" if CUDA else "default"
+            joined = Parallel(made) if alone else parallelize(made, mesh, mode, communication=CommunicationConfig(**settings))
+            sides.append([])
+            for step in range(3):
+                generator = torch.Generator().manual_seed(10 * step + world.rank)
+                x, y = torch.randn(6, 3, 8, 8, generator=generator), torch.randint(3, (6,), generator=generator)
+                joined.forward(x.to(DEVICE, memory_format=torch.channels_last), y.to(DEVICE)).backward()
+                got = {key: p.grad.clone() for key, p in made.named_parameters() if p.grad is not None}
+                if alone:
+                    for gradient in got.values():
+                        dist.all_reduce(gradient)
+                        gradient /= world.size
+                sides[-1].append(got)
+                made.zero_grad(set_to_none=True)
+        same = [list(one) == list(other) for one, other in zip(*sides, strict=True)]
+        strides = all(p.grad is None or p.grad.stride() == p.stride() for p in made.parameters())
+        flat = [[[step[key] for key in sorted(step)] for step in side] for side in sides]
+        found[name] = {
+            "distance": distance(flat[1], flat[0]),
+            "names": all(same) and strides and len(sides[0][0]) == 8,
+            "way": type(joined).__name__ if joined.marked is not None else "DDP",
+            "payload": joined.payload,
+        }
+    return found
+
+
 def measured(world: World) -> dict[str, Any]:
     """The size of buckets by measurement; what it leaves as it was."""
     config = TrainConfig(data={"name": "digits", "limit": 64, "batch_size": 16}, communication={"bucket": "auto"})
@@ -193,6 +256,7 @@ def main() -> None:
         "kept": kept(world.rank),
         "recovered": recovered(world.rank),
         "measured": measured(world),
+        "compiled": compiled(world),
     }
     everywhere: list[Any] = [None] * world.size
     dist.all_gather_object(everywhere, found)

@@ -45,6 +45,22 @@ def test_pieces_change_nothing_and_rounding_little(found: list[dict[str, Any]]) 
     assert found[0]["compare"] == found[1]["compare"]
 
 
+def test_compiled_copies_exchange_gradients_within_the_backward_pass(found: list[dict[str, Any]]) -> None:
+    """A matrix used twice, a frozen one, one without a gradient, odd sizes, channels last; DDP where there are several graphs."""
+    for rank in found:
+        compiled = rank["compiled"]
+        for name, way, apart, part in [
+            ("small buckets", "CompiledReplicas", 1e-6, 1),
+            ("whole", "CompiledReplicas", 1e-6, 1),
+            ("bf16", "CompiledReplicas", 2**-8, 2),
+            ("in parts", "DDP", 1e-6, 1),
+        ]:
+            assert compiled[name]["names"] and compiled[name]["way"] == way
+            assert compiled[name]["distance"] < apart, (name, compiled[name])
+            assert way == "DDP" or compiled[name]["payload"] * part == compiled["whole"]["payload"]
+        assert compiled["bf16"]["distance"] > 1e-5
+
+
 def test_low_rank_factors_keep_back_what_they_do_not_tell(found: list[dict[str, Any]]) -> None:
     """Exact steps are exact; a higher rank is nearer; in float64, what ten steps left out is the mean of what ranks hold."""
     for rank in found:

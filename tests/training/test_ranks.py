@@ -182,6 +182,22 @@ def run_size(run: Run) -> int:
 
 
 @pytest.mark.slow
+def test_two_compiled_ranks_have_the_losses_of_one_and_tell_what_they_wait_for(
+    alone: Run, split: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    """Their gradients are exchanged within the compiled pass; checkpoints and readings are those of any run."""
+    probes = {f"probes.{name}.every": 1 for name in ("communication", "gradients")}
+    run = launch(split(compile="default", **probes), nproc=2, root=tmp_path).wait(timeout=240)
+    difference = furthest(alone, run)
+    print(f"two compiled ranks against one: {difference:.1e}")
+    assert difference < TOLERANCE and furthest(alone, run, "val_loss") < TOLERANCE
+    timed = run.readings("communication").dropna(subset=["exposed"])
+    assert set(timed["rank"]) == {0, 1} and len(timed) > len(run.history)
+    assert (timed["busy"] > 0).all() and (timed["exposed"] >= 0).all() and (timed["exposed"] < 60).all()
+    norms = run.readings("gradients").pivot_table(index=["step", "layer"], columns="rank", values="norm")
+    np.testing.assert_array_equal(norms[0], norms[1])
+
+
 def test_a_compiled_run_has_the_losses_and_readings_of_the_eager_one(alone: Run, split: Callable[..., TrainConfig]) -> None:
     compiled = train(split(compile="default")).run
     difference = furthest(alone, compiled)

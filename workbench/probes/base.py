@@ -34,8 +34,31 @@ EDGES = ACTIVATIONS.edges
 """Edges of the activations' bins. The middle bin holds what is closer to zero. Fixed for all layers, steps and ranks, so that
 counts merge by addition."""
 
-Moment = float | torch.cuda.Event
-"""Seconds of the wall clock, or an event that the device has yet to reach."""
+
+class Stamp:
+    """A moment of a device's own clock, on its way to the host.
+
+    Args:
+        nanoseconds: int64, in pinned memory, of several moments; ``place`` in it.
+        copied: the device reaches it when they have come.
+    """
+
+    def __init__(self, nanoseconds: Tensor, place: int, copied: torch.cuda.Event) -> None:
+        self._nanoseconds, self._place, self._copied = nanoseconds, place, copied
+
+    def query(self) -> bool:
+        return self._copied.query()
+
+    def since(self, earlier: Stamp) -> float:
+        """Seconds from ``earlier``, of the same device."""
+        return (self._at() - earlier._at()) / 1e9
+
+    def _at(self) -> int:
+        return int(self._nanoseconds[self._place])
+
+
+Moment = float | torch.cuda.Event | Stamp
+"""Seconds of the wall clock, or what the device has yet to reach."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +81,7 @@ class StepTiming:
 
     def arrived(self) -> bool:
         """Whether the device has reached the last of these moments."""
-        return self.gathered.query() if isinstance(self.gathered, torch.cuda.Event) else True
+        return True if isinstance(self.gathered, float) else self.gathered.query()
 
     @property
     def busy(self) -> float:
@@ -73,11 +96,14 @@ class StepTiming:
 
 def seconds_between(start: Moment, end: Moment) -> float:
     """Seconds from one moment to another of its kind."""
-    if isinstance(start, torch.cuda.Event):
-        assert isinstance(end, torch.cuda.Event)
-        return start.elapsed_time(end) / 1000
-    assert not isinstance(end, torch.cuda.Event)
-    return end - start
+    match start, end:
+        case float(), float():
+            return end - start
+        case Stamp(), Stamp():
+            return end.since(start)
+        case torch.cuda.Event(), torch.cuda.Event():
+            return start.elapsed_time(end) / 1000
+    raise TypeError(f"No time passes between moments of two clocks, {type(start).__name__} and {type(end).__name__}.")
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,13 @@ from torch.autograd import Variable
 
 from workbench.data.batches import Batches
 from workbench.probes.base import Moment, StepTiming
+from workbench.training.device_time import moments, stamp
+from workbench.training.parallel import Parallel
 
 
 class StepClock:
-    """Moments of this rank's steps: CUDA events on the stream that computes, wall clock on a CPU.
+    """Moments of this rank's steps: CUDA events on the stream that computes, wall clock on a CPU; where a compiled backward pass
+    exchanges gradients itself, the device's own time, on both.
 
     A step's time is counted from the moment at which the gradients of the step before had come. What follows, up to the moment
     at which this rank's own gradients are computed, is its own work: the update, the wait for samples, forward and backward pass.
@@ -26,13 +29,13 @@ class StepClock:
     Args:
         device: that computes.
         batches: whose waits for samples are counted.
-        payload: bytes of gradients that a rank gives to its peers each step.
+        parallel: whose backward passes are timed, and what it sends.
     """
 
-    def __init__(self, device: torch.device, batches: Batches, payload: int = 0) -> None:
-        self._device, self._batches, self._payload = device, batches, payload
-        self._began: Moment | None = None
-        self._ready: Moment | None = None
+    def __init__(self, device: torch.device, batches: Batches, parallel: Parallel) -> None:
+        self._device, self._batches, self._parallel = device, batches, parallel
+        self._began: Moment | Tensor | None = None
+        self._ready: Moment | Tensor | None = None
         self._waited = 0.0
 
     def start(self) -> None:
@@ -41,7 +44,10 @@ class StepClock:
 
     def watch(self, loss: Tensor) -> Tensor:
         """``loss`` as it is; its backward pass will note when this rank's part is computed, before it waits for others."""
-        loss.register_hook(self._queue)
+        if self._parallel.marked is None:
+            loss.register_hook(self._queue)
+        else:
+            self._ready = self._parallel.marked
         return loss
 
     def _queue(self, gradient: Tensor) -> None:
@@ -59,9 +65,16 @@ class StepClock:
         self._began, self._ready, self._waited = now, None, waited
         if began is None or ready is None:
             return None
-        return StepTiming(began, ready, now, waited - before, self._payload)
+        if isinstance(began, Tensor) and isinstance(ready, Tensor) and isinstance(now, Tensor):
+            began, ready, now = moments(began, ready, now)
+        if isinstance(began, Tensor) or isinstance(ready, Tensor) or isinstance(now, Tensor):
+            return None  # of two clocks
+        return StepTiming(began, ready, now, waited - before, self._parallel.payload)
 
-    def _now(self) -> Moment:
+    def _now(self) -> Moment | Tensor:
+        if self._parallel.marked is not None:
+            stamp(now := torch.empty_like(self._parallel.marked))
+            return now
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

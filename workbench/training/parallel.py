@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from workbench.data.batches import Batch
 from workbench.distributed import World, local, whole
@@ -34,15 +33,18 @@ class Parallel:
         forward: to be called in the objective's place.
         payload: bytes of gradients that this rank gives to its peers each step, as far as they can be counted.
         buckets: bytes of the memory, kept between steps, that gradients travel in; ``views``: they lie in it from the first.
+        marked: where the backward pass itself notes when this rank's own gradients are computed
+            (:func:`workbench.training.device_time.marked`), or None.
     """
 
     payload = 0
+    marked: Tensor | None = None
     buckets = 0
     views = False
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
-        self.forward: nn.Module = objective
+        self.forward: Callable[[Any, Any], Tensor] = objective
 
     def step(
         self,
@@ -104,17 +106,16 @@ class Parallel:
 class Replicated(Parallel):
     """A copy on every rank; gradients are averaged while the backward pass runs (DDP)."""
 
-    forward: DistributedDataParallel
-
     def __init__(self, objective: Objective, communication: CommunicationConfig, world: World, deterministic: bool) -> None:
         super().__init__(objective)
         self._rank = world.rank
-        self.forward, self._low_rank = replicate(objective, communication, deterministic=deterministic)
+        self._ddp, self._low_rank = replicate(objective, communication, deterministic=deterministic)
+        self.forward = self._ddp
         self.payload = payload(objective, communication, self._low_rank)
-        self.buckets, self.views = exchanged_bytes(objective), self.forward.gradient_as_bucket_view
+        self.buckets, self.views = exchanged_bytes(objective), self._ddp.gradient_as_bucket_view
 
     def micro_step(self, last: bool) -> AbstractContextManager[Any]:
-        return nullcontext() if last else self.forward.no_sync()
+        return nullcontext() if last else self._ddp.no_sync()
 
     def carried(self) -> Mapping[str, Tensor]:
         return {} if self._low_rank is None else self._low_rank.state(self._rank)
@@ -261,6 +262,7 @@ def parallelize(
     compile_mode: str,
     *,
     communication: CommunicationConfig | None = None,
+    accumulate: int = 1,
     deterministic: bool = False,
     stage: Stage | None = None,
 ) -> Parallel:
@@ -271,29 +273,48 @@ def parallelize(
     Args:
         compile_mode: of torch.compile, or ``off``.
         communication: how copies exchange gradients.
+        accumulate: micro-steps of a step.
         stage: this rank's, where the model is divided into stages.
 
     Raises:
         ConfigError: a divided model with captured graphs, whose tensors must stay where they are.
     """
-    if compile_mode != "off" and objective._compiled_call_impl is None:
-        torch.compiler.reset()  # what a kernel compiled before must not decide how this run is compiled, nor use up the limit
-        if not mesh.plain and compile_mode != "default":
-            raise ConfigError(
-                f"compile={compile_mode!r} captures graphs, and a divided model exchanges tensors within.",
-                "Take compile='default' or 'off' with mesh.shard or mesh.tensor, or replicate the model.",
-            )
-        # Between blocks, weights are gathered: each is compiled for itself, and equal ones once.
-        blocks = blocks_of(objective.model) if stage is None else stage.blocks
-        for part in [objective] if mesh.plain else blocks:
-            part.compile(mode=None if compile_mode == "default" else compile_mode)
+    communication = communication or CommunicationConfig()
+    if mesh.plain and mesh.copies > 1:
+        # A graph exchanges the gradients that it computes, not what micro-steps before it have gathered.
+        if compile_mode != "off" and accumulate == 1 and communication.compress != "powersgd" and not mesh.world.others:
+            from workbench.training.compiled_replicas import CompiledReplicas
+
+            return CompiledReplicas(objective, compile_mode, communication, mesh.world, deterministic)
+        compile_parts(objective, [objective], compile_mode)
+        return Replicated(objective, communication, mesh.world, deterministic)
+    if mesh.plain:
+        compile_parts(objective, [objective], compile_mode)
+        return Parallel(objective)
+    if compile_mode not in ("off", "default"):
+        raise ConfigError(
+            f"compile={compile_mode!r} captures graphs, and a divided model exchanges tensors within.",
+            "Take compile='default' or 'off' with mesh.shard or mesh.tensor, or replicate the model.",
+        )
+    # Between blocks, weights are gathered: each is compiled for itself, and equal ones once.
+    compile_parts(objective, blocks_of(objective.model) if stage is None else stage.blocks, compile_mode)
     if stage is not None:
         return Staged(objective, mesh, stage)
-    if not mesh.plain:
-        return Sharded(objective, mesh) if mesh.copies > 1 else Divided(objective)
-    if mesh.copies == 1:
-        return Parallel(objective)
-    return Replicated(objective, communication or CommunicationConfig(), mesh.world, deterministic)
+    return Sharded(objective, mesh) if mesh.copies > 1 else Divided(objective)
+
+
+def compile_parts(objective: Objective, parts: Iterable[nn.Module], mode: str, **settings: Any) -> None:
+    """Compile each of ``parts`` for itself, if ``objective`` has not been compiled as a whole for a measurement.
+
+    Args:
+        mode: of torch.compile, or ``off``.
+        settings: more of torch.compile's.
+    """
+    if mode == "off" or objective._compiled_call_impl is not None:
+        return
+    torch.compiler.reset()  # what a kernel compiled before must not decide how this run is compiled, nor use up the limit
+    for part in parts:
+        part.compile(mode=None if mode == "default" else mode, **settings)
 
 
 def _parts(objective: Objective) -> Iterator[nn.Module]:

@@ -70,6 +70,7 @@ class Trainer:
             mesh,
             compile_mode,
             communication=config.communication,
+            accumulate=config.accumulate,
             deterministic=config.deterministic,
             stage=stage,
         )
@@ -87,7 +88,7 @@ class Trainer:
         self.total_steps = min(planned, config.max_steps or planned)
         self.schedule = Schedule(config.schedule, config.optim.lr, self.total_steps)
         self.meter = Meter(config.log_every, mesh.world, self._report)
-        self.clock, self.balance = StepClock(mesh.world.device, batches, self.parallel.payload), balance
+        self.clock, self.balance = StepClock(mesh.world.device, batches, self.parallel), balance
         parts = self._parts(compile_mode, stage)
         self.probes.join(parts)
         self.snapshots = Snapshots(recorder.folder, mesh.world, parts, self._say)

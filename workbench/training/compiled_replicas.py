@@ -1,0 +1,86 @@
+"""Copies of an objective on several ranks that compute and exchange gradients in one compiled graph.
+
+Imported only where models are compiled: it takes the compiler with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
+
+from workbench.distributed import World
+from workbench.training.communication import payload
+from workbench.training.communication_config import CommunicationConfig
+from workbench.training.device_time import marked
+from workbench.training.objective import Objective
+from workbench.training.parallel import Parallel, Replicated, compile_parts
+from workbench.training.reduction import Averaging
+
+
+class CompiledReplicas(Parallel):
+    """A copy on every rank; gradients are averaged within the compiled backward pass (:mod:`workbench.training.reduction`).
+
+    The whole objective has to become one graph: what stayed outside would learn from its own rank's samples only. If it does not,
+    the first step shows it, and DDP exchanges the gradients of what can be compiled (:class:`Replicated`).
+    """
+
+    def __init__(
+        self, objective: Objective, mode: str, communication: CommunicationConfig, world: World, deterministic: bool
+    ) -> None:
+        super().__init__(objective)
+        self._mode, self._communication, self._world, self._deterministic = mode, communication, world, deterministic
+        self._plain: Replicated | None = None
+        constants = set(objective.constants)
+        for name, tensor in (*objective.named_parameters(), *objective.named_buffers()):
+            if name not in constants:
+                dist.broadcast(tensor.detach(), src=0)
+        # Running statistics are not what a training step computes with: each rank keeps its own until they are asked for.
+        apart = {
+            id(b) for part in objective.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) for b in part.buffers()
+        }
+        buffers = [buffer for name, buffer in objective.named_buffers() if name not in constants and id(buffer) not in apart]
+        self._buffers = [buffer for buffer in buffers if buffer.is_floating_point()]
+        self.payload, self.marked = payload(objective, communication, None), marked(world.device)
+        self._compile()
+        self.forward = self._first
+
+    def _compile(self) -> None:
+        group, bucket = dist.group.WORLD, self._communication.bucket
+        assert group is not None
+        wire = torch.bfloat16 if self._communication.compress == "bf16" else None
+        size = math.inf if bucket == "whole" else float(bucket)
+        settings: dict[str, Any] = {} if self._mode == "default" else torch._inductor.list_mode_options(self._mode)
+        settings["joint_custom_post_pass"] = Averaging(group.group_name, self._world.size, size, wire)
+        # Else Inductor moves what uses the means, and with it the wait for them, to where they set out: that frees memory.
+        settings["reorder_for_peak_memory"] = False
+        torch.compiler.reset()
+        self.objective.compile(fullgraph=True, options=settings)
+
+    def _first(self, x: Any, y: Any) -> Tensor:
+        try:
+            loss: Tensor = self.objective(x, y)
+        except Unsupported as error:
+            reason = str(error).strip().splitlines()[0]
+            logging.getLogger(__name__).warning("Not one graph (%s): DDP exchanges gradients after what is compiled.", reason)
+            self._fall_back()
+            return self.forward(x, y)
+        self.forward = self._share_and_compute if self._buffers else self.objective
+        return loss
+
+    def _fall_back(self) -> None:
+        self.objective._compiled_call_impl = None
+        compile_parts(self.objective, [self.objective], self._mode)
+        self._plain = plain = Replicated(self.objective, self._communication, self._world, self._deterministic)
+        self.forward, self.marked, self.buckets, self.views = plain.forward, None, plain.buckets, plain.views
+
+    def _share_and_compute(self, x: Any, y: Any) -> Tensor:
+        for buffer in self._buffers:
+            dist.broadcast(buffer, src=0)
+        loss: Tensor = self.objective(x, y)
+        return loss

@@ -1,0 +1,143 @@
+"""Gradients of copies averaged within the compiled backward pass.
+
+Under DDP the gradients of a model that is compiled as a whole all come at once, when its backward pass is over: nothing is left
+for the exchange to hide behind. :class:`Averaging` writes the exchange into the graph, each bucket of it where its last gradient
+has been computed; Inductor then compiles, and CUDA graphs capture, computation and exchange as one. Imported only where models
+are compiled: it takes the compiler with it.
+
+Bucketing by the order in which gradients come is that of Li et al. 2020, PyTorch Distributed (arXiv:2006.15704, section 3.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+import workbench.training.device_time  # noqa: F401  its operator
+
+ALIGNED = 64
+"""Elements to whose multiples gradients are sorted within a bucket: kernels read several at once, from aligned addresses."""
+
+
+class Averaging(CustomGraphPass):
+    """Means over the ranks of a group in the place of a joint graph's gradients, as its last pass.
+
+    Args:
+        group: name of the process group.
+        ranks: in it.
+        bucket: MiB of gradients that travel together; infinity for all at once.
+        wire: type in which they travel, or None for their own.
+    """
+
+    def __init__(self, group: str, ranks: int, bucket: float, wire: torch.dtype | None) -> None:
+        self._group, self._ranks, self._bucket, self._wire = group, ranks, bucket * 2**20, wire
+
+    def uuid(self) -> bytes:
+        """What decides whether a graph compiled before can be used again."""
+        mine = get_hash_for_files((__file__,))
+        return mine + f"{self._group} {self._ranks} {self._bucket} {self._wire}".encode()
+
+    def __call__(self, graph: Graph) -> None:
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        primals = [node for node in inputs if not node.name.startswith("tangents")]
+        if len(primals) == len(inputs):
+            return  # no backward pass
+        end = next(node for node in reversed(graph.nodes) if node.op == "output")
+        outputs: list[Any] = list(end.args[0])
+        order = {node: place for place, node in enumerate(graph.nodes)}
+        # A joint graph gives its outputs, then by input a gradient or None.
+        places = [place for place in range(len(outputs) - len(primals), len(outputs)) if outputs[place] is not None]
+        places.sort(key=lambda place: order[outputs[place]])
+        sizes = [_value(outputs[place]).nbytes for place in places]
+        types = [_value(outputs[place]).dtype for place in places]
+        travelling: list[tuple[list[int], Node]] = []
+        buckets = [[places[index] for index in bucket] for bucket in cut(sizes, types, self._bucket)]
+        for bucket in buckets:
+            bucket.sort(key=lambda place: -math.gcd(_value(outputs[place]).numel(), ALIGNED))
+            newest = max((inputs[-1], *(outputs[place] for place in bucket)), key=lambda node: order[node])
+            with graph.inserting_before(newest.next):
+                flat = self._packed([outputs[place] for place in bucket])
+                if bucket is buckets[-1]:
+                    flat = _call(torch.ops.workbench.mark.default, flat)
+                travelling.append((bucket, _call(torch.ops._c10d_functional.all_reduce.default, flat, "sum", self._group)))
+        with graph.inserting_before(end):
+            for bucket, node in travelling:
+                flat, begin = _call(torch.ops._c10d_functional.wait_tensor.default, node), 0
+                for place in bucket:
+                    like = _value(outputs[place])
+                    outputs[place] = _unpacked(flat, begin, like)
+                    begin += like.numel()
+        end.args = (outputs,)
+
+    def _packed(self, gradients: Sequence[Node]) -> Node:
+        """Gradients one after another in memory order, divided by the number of ranks."""
+        aten = torch.ops.aten
+        parts = []
+        for node in gradients:
+            value = _value(node)
+            if _channels_last(value):
+                node = _call(aten.permute.default, node, [0, 2, 3, 1])
+            parts.append(_call(aten.reshape.default, node, [value.numel()]))
+        flat = _call(aten.cat.default, parts) if len(parts) > 1 else parts[0]
+        flat = _call(aten.mul.Tensor, flat, 1 / self._ranks)
+        if self._wire in (None, _value(flat).dtype):
+            return flat
+        return _call(torch.ops.prims.convert_element_type.default, flat, self._wire)
+
+
+def cut(sizes: Sequence[int], types: Sequence[torch.dtype], bucket: float) -> list[list[int]]:
+    """Places of gradients, in the order in which they come, by bucket; one type each.
+
+    Nothing hides the last buckets' journey: they are smaller, a half and an eighth.
+
+    Args:
+        sizes: bytes of each gradient.
+        bucket: bytes after which a bucket is closed.
+    """
+    found: list[list[int]] = []
+    total = 0
+    for place in reversed(range(len(sizes))):
+        limit = bucket / {1: 8, 2: 2}.get(len(found), 1)
+        if not found or total + sizes[place] > limit or types[place] != types[found[-1][-1]]:
+            found.append([])
+            total = 0
+        found[-1].append(place)
+        total += sizes[place]
+    return [bucket[::-1] for bucket in reversed(found)]
+
+
+def _unpacked(flat: Node, begin: int, like: Tensor) -> Node:
+    """One gradient out of a bucket that has come, of ``like``'s shape, type and order in memory."""
+    aten = torch.ops.aten
+    node = _call(aten.slice.Tensor, flat, 0, begin, begin + like.numel())
+    if _value(node).dtype != like.dtype:
+        node = _call(torch.ops.prims.convert_element_type.default, node, like.dtype)
+    if _channels_last(like):
+        n, c, h, w = like.shape
+        return _call(aten.permute.default, _call(aten.reshape.default, node, [n, h, w, c]), [0, 3, 1, 2])
+    return _call(aten.reshape.default, node, list(like.shape))
+
+
+def _channels_last(value: Tensor) -> bool:
+    return value.ndim == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last)
+
+
+def _value(node: Node) -> Tensor:
+    value: Tensor = node.meta["val"]
+    return value
+
+
+def _call(operator: Any, *args: Any) -> Node:
+    """A node where the graph is being written, and what it would give."""
+    nodes = [node for arg in args for node in (arg if isinstance(arg, list) else [arg]) if isinstance(node, Node)]
+    node = nodes[0].graph.call_function(operator, args)
+    with nodes[0].meta["val"].fake_mode:
+        node.meta["val"] = operator(*map_arg(args, _value))
+    return node
