@@ -13,7 +13,8 @@ import torch
 from workbench import events, launcher
 from workbench.allocator import ran_out
 from workbench.artefact import save_model
-from workbench.data.batches import Batches, derive_seed
+from workbench.data.batches import Batches
+from workbench.data.order import derive_seed
 from workbench.distributed import World, barrier, process_group
 from workbench.errors import WorkbenchError
 from workbench.losses import make_loss

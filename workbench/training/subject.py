@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from workbench.data.batches import Batches, Shard, Target, derive_seed
+from workbench.data.batches import Batches, Target
+from workbench.data.order import Shard, derive_seed
 from workbench.data.splits import Splits, load_splits
 from workbench.distributed import World
 from workbench.models import build_model

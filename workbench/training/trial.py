@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from workbench.allocator import forget, held_by, ran_out, room, tensor_bytes, trim
-from workbench.data.batches import Batches, Shard, Target
+from workbench.data.batches import Batches, Target
+from workbench.data.order import Shard
 from workbench.data.splits import load_splits
 from workbench.distributed import pick_device
 from workbench.errors import ConfigError, MemoryExhausted
