@@ -1,6 +1,6 @@
 """Applying a finding's advice: :func:`apply` changes the running job where that can be, else starts a new run; :class:`Applied`.
 
-What a running job takes between two steps is :data:`workbench.run.LIVE`: the peak rate, weight decay, clipping. Anything else
+What a running job takes between two steps is :data:`workbench.commands.LIVE`: peak rate, weight decay, clipping. Anything else
 needs a new run. It goes on from the old one's last checkpoint, with weights, optimizer, random states and step, where the changes
 leave all of that as it is (:data:`KEEP`) and the fault is none that spoils weights (:data:`SPOILS`); else it starts from scratch.
 """
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from workbench import launcher
+from workbench.commands import LIVE
 from workbench.diagnosis import config_now
 from workbench.errors import RunError
 from workbench.events import Finding
 from workbench.registry import find_source
-from workbench.run import LIVE, TERMINAL, Run
+from workbench.run import TERMINAL, Run
 from workbench.training import TrainConfig, prepare
 from workbench.training.sources import as_kept, write_remedy
 

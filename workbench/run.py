@@ -6,39 +6,28 @@ fresh processes. What the engine writes goes through :class:`workbench.training.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
-import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from workbench import launcher, storage
+from workbench.commands import COMMANDS, check_settings, post
 from workbench.config import Config, load_yaml
 from workbench.errors import RunError
-from workbench.events import Evaluated, Event, Failed, Finding, Steps
+from workbench.events import Evaluated, Event, Failed, Finding
 from workbench.journal import JournalReader, Progress, ReadingsReader, history_of, progress_of
 from workbench.registry import load_object
+from workbench.status import status_of
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import nn
 
 TERMINAL = ("finished", "stopped", "failed", "lost")
-COMMANDS = ("stop", "pause", "resume", "save", "set", "snapshot")
-LIVE: Mapping[str, str] = {
-    "optim.lr": "peak",
-    "optim.weight_decay": "weight_decay",
-    "clip.mode": "clip_mode",
-    "clip.max_norm": "clip_max_norm",
-}
-"""Settings of a config that :meth:`Run.set` changes while a run trains, and what they are called there."""
-CLIP_MODES = ("off", "fixed", "dynamic", "agc")
 FOLDERS = ("attempts", "events", "readings", "commands", "checkpoints", "logs", "source")
-STALE_HEARTBEAT = 20.0
-"""Seconds without a heartbeat after which a run on another host counts as lost."""
 
 
 def runs_folder() -> Path:
@@ -150,40 +139,7 @@ class Run:
         ``lost``: its processes are gone without a word (``resume()`` goes on from the last checkpoint); ``hung``: they live,
         but no step has ended for far longer than steps take; ``starting``: they are on their way, for the first time or again.
         """
-        attempt = launcher.Attempt.latest(self.path)
-        if attempt is None:
-            return "created"
-        said = [e for e in self._journal.all() if e.attempt == attempt.number]
-        heartbeat = launcher.Heartbeat.read(self.path)
-        if heartbeat is not None and heartbeat.attempt != attempt.number:
-            heartbeat = None
-        for event in reversed(said):
-            if event.type in ("finished", "stopped"):
-                return event.type
-            if event.type == "failed":
-                return "starting" if attempt.deciding() else "failed"
-            if event.type in ("attempt_started", "paused", "resumed"):
-                break
-        if attempt.ended:
-            return "starting" if attempt.deciding() else "failed"  # it could not even say so: a full disk
-        process = heartbeat.process if heartbeat else attempt.process
-        alive = process.alive()
-        if alive is None:
-            alive = heartbeat is not None and time.time() - heartbeat.time < STALE_HEARTBEAT
-        if not said:
-            return "starting" if alive or attempt.process.alive() else "failed"
-        if not alive:
-            if attempt.deciding():
-                return "starting"
-            return "failed" if self._journal.failures(attempt.number) else "lost"
-        if next((e.type for e in reversed(said) if e.type in ("paused", "resumed")), "") == "paused":
-            return "paused"
-        return "hung" if heartbeat and self._overdue(heartbeat) else "running"
-
-    def _overdue(self, heartbeat: launcher.Heartbeat) -> bool:
-        windows = [e for e in self.events if isinstance(e, Steps)][-20:]
-        pace = [(b.time - a.time) / len(b.loss) for a, b in zip(windows, windows[1:], strict=False) if b.loss]
-        return bool(pace) and time.time() - heartbeat.step_time > max(120.0, 50 * statistics.median(pace))
+        return status_of(self.path, self._journal)
 
     @property
     def error(self) -> str | None:
@@ -296,10 +252,7 @@ class Run:
                 f"The run {self.id} is {status}, so it cannot {name}.",
                 "resume() starts it again." if status != "finished" else "",
             )
-        identifier = f"{time.time_ns():020d}-{secrets.token_hex(3)}"
-        content = json.dumps({"id": identifier, "name": name, "settings": settings})
-        storage.write_atomic(self.path / "commands" / f"{identifier}.json", content)
-        return identifier
+        return post(self.path, name, settings)
 
     def pause(self) -> None:
         """Wait at the next step boundary until resumed."""
@@ -337,17 +290,7 @@ class Run:
         Raises:
             RunError: there is no such setting, its value is out of range, or the run does not train.
         """
-        allowed = ("lr", "weight_decay", "peak", "clip_mode", "clip_max_norm")
-        for name, value in settings.items():
-            if name not in allowed:
-                raise RunError(f"{name!r} cannot be changed while training.", f"What can: {', '.join(allowed)}.")
-            if name == "clip_mode":
-                if value not in CLIP_MODES:
-                    raise RunError(f"clip_mode={value!r} must be one of {', '.join(CLIP_MODES)}.")
-            elif isinstance(value, str) or not value >= 0 or value == float("inf"):
-                raise RunError(f"{name}={value} must be a finite number of at least 0.")
-            elif name == "clip_max_norm" and not value:
-                raise RunError("clip_max_norm=0 must be above 0.", "clip_mode='off' ends clipping.")
+        check_settings(settings)
         self.command("set", **settings)
 
     def resume(self, nproc: int | None = None, *, mesh: Mapping[str, Any] | None = None, restarts: int = 0) -> Self:

@@ -17,6 +17,7 @@ registry
 events storage
 launcher
 journal
+commands status
 run
 supervisor
 snapshots

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workbench.data.augment import Draw, crop, cutout, flip, shift
-from workbench.data.batches import Batches, Shard, Target, derive_seed
+from workbench.data.batches import Batches, Target
 from workbench.data.config import DataConfig
+from workbench.data.order import Shard, derive_seed
 from workbench.data.splits import Arrays, Splits, as_splits, load_splits
 from workbench.errors import ConfigError, DataError
 

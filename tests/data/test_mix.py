@@ -11,9 +11,10 @@ from torch import Tensor
 
 from workbench import TrainConfig, train
 from workbench.data.augment import Draw
-from workbench.data.batches import Batches, Shard, Target
+from workbench.data.batches import Batches, Target
 from workbench.data.config import DataConfig
 from workbench.data.mix import cutmix, mix_targets, mixup
+from workbench.data.order import Shard
 from workbench.data.splits import Arrays, Splits, load_splits
 from workbench.errors import ConfigError, ModelError
 

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from workbench import TrainConfig, launch, train
-from workbench.data.batches import Batches, Shard, Target
+from workbench.data.batches import Batches, Target
 from workbench.data.config import DataConfig
+from workbench.data.order import Shard
 from workbench.data.splits import load_splits
 from workbench.training.balance import SETTING
 from workbench.training.clock import StepClock

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from workbench import TrainConfig, save_model, train
-from workbench.data.batches import Batches, Shard, Target
+from workbench.data.batches import Batches, Target
 from workbench.data.config import AUGMENTATIONS, DataConfig
+from workbench.data.order import Shard
 from workbench.data.splits import Arrays, Splits
 from workbench.models import ModelConfig, build_model
 from workbench.training.average import WeightAverage

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from workbench.data.batches import Batches, Shard, Target
+from workbench.data.batches import Batches, Target
+from workbench.data.order import Shard
 from workbench.data.splits import load_splits
 from workbench.distributed import World
 from workbench.training.communication import SETTING, decide_bucket, payload, replicate

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workbench import Run, TrainConfig, launch, train
-from workbench.data.batches import Batches, Shard, Target
+from workbench.data.batches import Batches, Target
 from workbench.data.config import DataConfig
+from workbench.data.order import Shard
 from workbench.data.splits import load_splits
 from workbench.distributed import World
 from workbench.errors import ConfigError

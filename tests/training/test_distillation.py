@@ -116,8 +116,9 @@ def test_the_first_loss_is_the_weighted_sum_by_hand(student: Callable[..., Train
     run = train(chosen, root=tmp_path).run
     from workbench import load_model
     from workbench.data import load_splits
-    from workbench.data.batches import Batches, Shard, Target, derive_seed
-    from workbench.training.session import fit_to_data
+    from workbench.data.batches import Batches, Target
+    from workbench.data.order import Shard, derive_seed
+    from workbench.training.subject import fit_to_data
 
     splits = load_splits(chosen.data)
     torch.manual_seed(derive_seed(chosen.seed))

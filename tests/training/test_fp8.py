@@ -21,7 +21,7 @@ from workbench.distributed import World
 from workbench.errors import ConfigError, DeviceError, ModelError, NonFiniteLoss
 from workbench.losses import LossConfig, make_loss
 from workbench.optim import OptimConfig
-from workbench.training import carry_out, fp8, session, speed
+from workbench.training import carry_out, checks, fp8, speed
 from workbench.training.decisions import Decisions
 from workbench.training.distillation_config import DistillConfig
 from workbench.training.mesh import Mesh
@@ -267,7 +267,7 @@ def test_a_device_without_fp8_is_told_what_it_has(monkeypatch: pytest.MonkeyPatc
 def test_what_cannot_be_divided_or_has_no_layers_is_refused(config: Callable[..., TrainConfig]) -> None:
     mesh = Mesh({"pipeline": 1, "replicate": 1, "shard": 1, "tensor": 2}, World(rank=0, size=2))
     with pytest.raises(ConfigError, match="precision='fp8' scales tensors.*mesh.tensor=2.*Take mesh.shard=2"):
-        session._check_mesh(config(), mesh, Precision("fp8", torch.device("cpu")))
+        checks.check_mesh(config(), mesh, Precision("fp8", torch.device("cpu")))
     with pytest.raises(ModelError, match="none of this Sequential: the largest, '7', is the output layer"):
         train(config(precision="fp8"))
 

@@ -28,8 +28,8 @@ from workbench.probes import PROBES, ProbeConfig, StepContext
 from workbench.training import fitting
 from workbench.training.checkpointing import recompute_blocks
 from workbench.training.economy import check_memory
+from workbench.training.failure import in_words
 from workbench.training.offload import ActivationOffload, offload_state
-from workbench.training.session import in_words
 
 CPU = torch.device("cpu")
 RESIDUAL = f"{Path(__file__).with_name('blocks.py')}:residual"

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from workbench import Run, TrainConfig, events, launch, launcher, train
-from workbench.data.batches import Batches, Shard, Target, derive_seed
+from workbench.data.batches import Batches, Target
+from workbench.data.order import Shard, derive_seed
 from workbench.data.splits import load_splits
 from workbench.models import build_model
-from workbench.training.session import fit_to_data
+from workbench.training.subject import fit_to_data
 
 TOLERANCE = 1e-5
 """Of losses near 2: gradients are summed in another order, so that about the last two of fp32's seven digits differ."""

@@ -21,7 +21,8 @@ from simulated import BINS, SAMPLE, Simulation
 from widgets.frames import Columns, Frame, Line
 from widgets.inspector import Inspector
 from widgets.inspector.histograms import edges, shown_bins
-from widgets.inspector.recording import Join, Recording
+from widgets.inspector.ranks import Join
+from widgets.inspector.recording import Recording
 from widgets.live_plot import LivePlot, is_static
 from workbench import diagnosis, events
 from workbench.errors import ConfigError, RunError

@@ -22,7 +22,8 @@ import numpy as np
 from widgets import theme
 from widgets.frames import Columns, Frame
 from widgets.inspector.histograms import levels
-from widgets.inspector.recording import STATS, Recording
+from widgets.inspector.ranks import STATS
+from widgets.inspector.recording import Recording
 from widgets.live_plot import compressed_plotly, module
 
 SCRIPTS = (

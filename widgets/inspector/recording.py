@@ -1,8 +1,7 @@
 """What an Inspector knows of a run: curves and heat maps of bounded size, grown from events and reading segments.
 
 * :class:`Recording` — takes events (:meth:`~Recording.take_events`), reads new segments (:meth:`~Recording.read`), and writes
-  what changed into a :class:`widgets.frames.Frame`.
-* :class:`Join` — brings the ranks' readings of a step together.
+  what changed into a :class:`widgets.frames.Frame`. Ranks' readings of a step come together in :mod:`widgets.inspector.ranks`.
 
 Names in frames: lines ``loss``, ``rate``, ``metric:NAME``, ``memory:RANK:FIELD``, ``time:RANK:FIELD``; heat maps ``gradients``
 (norms, layer × step), ``gradients:QUANTITY`` of the chosen other quantity, and ``layer`` (value bin × step of the chosen layer);
@@ -12,7 +11,7 @@ Names in frames: lines ``loss``, ``rate``, ``metric:NAME``, ``memory:RANK:FIELD`
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,8 @@ import numpy as np
 from widgets.frames import Columns, Frame, Line
 from widgets.inspector.histograms import Distributions, distributions, edges, levels
 from widgets.inspector.memory import Holding
-from widgets.inspector.quantities import QUANTITIES, quantities_of
+from widgets.inspector.quantities import QUANTITIES
+from widgets.inspector.ranks import MOMENTS, STATS, Join, activation_rows, added, gradient_rows, highest
 from workbench import events, storage
 from workbench.run import Run
 
@@ -39,37 +39,8 @@ BATCH = 200
 FIELDS = ("allocated", "reserved", "peak")
 TIMES = ("busy", "waited", "step")
 """Of a step, in seconds: a rank's own work, its waits for samples, and both with its waits for other ranks."""
-STATS = ("mean", "std", "zeros", "dead", "saturated")
-"""Beside each distribution; the last two, shares of channels, are NaN where the probe does not tell them."""
 SAMPLING = ("error", "overhead")
 """What the probes may tell of their own: a sampled share's standard error, and the share of a run's time that reading takes."""
-
-
-class Join:
-    """Readings of one kind, step by step: waits for every rank known, and passes a step on once, merged.
-
-    A step that lacks a rank is passed on when a later one is complete: that rank will not report it any more.
-    """
-
-    def __init__(self, merge: Callable[[list[Any]], Any]) -> None:
-        self._merge = merge
-        self._ranks: set[int] = set()
-        self._waiting: dict[int, dict[int, Any]] = {}
-        self._last = -1
-
-    def put(self, step: int, rank: int, value: Any) -> None:
-        self._ranks.add(rank)
-        if step > self._last:
-            self._waiting.setdefault(step, {})[rank] = value
-
-    def take(self, everything: bool = False) -> Iterable[tuple[int, Any]]:
-        """(step, merged) of the steps that are ready, in order."""
-        complete = [step for step, by_rank in self._waiting.items() if len(by_rank) == len(self._ranks)]
-        limit = max(self._waiting, default=-1) if everything else max(complete, default=-1)
-        for step in sorted(s for s in self._waiting if s <= limit):
-            by_rank = self._waiting.pop(step)
-            self._last = step
-            yield step, self._merge([by_rank[rank] for rank in sorted(by_rank)])
 
 
 class Recording:
@@ -102,7 +73,7 @@ class Recording:
     def reset_readings(self) -> None:
         self._seen: dict[str, set[str]] = {kind: set() for kind in KINDS}
         self._stamp = 0
-        self._joins = {"gradients": Join(_highest), "activations": Join(_added)}
+        self._joins = {"gradients": Join(highest), "activations": Join(added)}
         self.gradients: Columns | None = None
         self.others: dict[str, Columns] = {}
         self.activations: Columns | None = None
@@ -194,7 +165,9 @@ class Recording:
         index = np.array([rows.setdefault(name, len(rows)) for name in table["layer"].to_pylist()])
         if known and len(rows) > known:
             return False
-        values = self._quantities(table) if kind == "gradients" else self._distributions(table)
+        values = gradient_rows(table) if kind == "gradients" else activation_rows(table)
+        if kind == "activations":
+            self.bins = values.shape[1] - MOMENTS
         steps = np.asarray(table["step"])
         bounds = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(steps)]
         for begin, end in zip(bounds, bounds[1:], strict=False):
@@ -216,21 +189,6 @@ class Recording:
             self._exposed[rank] = float((exposed[known] / (busy + exposed)[known])[-1])
         told = {name: table[name][-1].as_py() for name in ("link", "hosts", "network", "bandwidth")}
         self.links = {name: None if value != value else value for name, value in told.items()}
-
-    @staticmethod
-    def _quantities(table: pa.Table) -> np.ndarray:
-        """[N, quantities], NaN where the table does not tell one."""
-        known = {quantity.name: quantity.of(table) for quantity in quantities_of(table.column_names)}
-        return np.column_stack([known.get(quantity.name, np.full(table.num_rows, np.nan)) for quantity in QUANTITIES])
-
-    def _distributions(self, table: pa.Table) -> np.ndarray:
-        """[N, 6 + bins]: count, mean, mean square, zeros, dead, saturated, then the histogram."""
-        histogram = np.asarray(table["histogram"].combine_chunks().flatten(), dtype="f8").reshape(table.num_rows, -1)
-        self.bins = histogram.shape[1]
-        count, mean, std, zeros = (np.asarray(table[name], dtype="f8") for name in ("count", "mean", "std", "zeros"))
-        untold = np.full(table.num_rows, np.nan)
-        channels = [np.asarray(table[n], dtype="f8") if n in table.column_names else untold for n in ("dead", "saturated")]
-        return np.column_stack([count, mean, std**2 + mean**2, zeros, *channels, histogram])
 
     def _append_gradients(self, step: int, values: np.ndarray) -> None:
         if self.gradients is None:
@@ -395,21 +353,3 @@ def _write(columns: Columns | None, frame: Frame, name: str, whole: bool) -> Non
         columns.write(frame, name, whole)
     elif not whole:
         frame.add("forget", name)
-
-
-def _highest(readings: list[np.ndarray]) -> np.ndarray:
-    highest = readings[0]
-    for other in readings[1:]:
-        highest = np.fmax(highest, other)
-    return highest
-
-
-def _added(readings: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Histograms [layers, bins] added, and [layers, STATS] of the whole: means weighted by the ranks' counts."""
-    count = np.nansum([r[:, :1] for r in readings], axis=0)
-    told = np.nansum([r[:, 1:6] * r[:, :1] for r in readings], axis=0) / np.maximum(count, 1)
-    told[np.all([np.isnan(r[:, 1:6]) for r in readings], axis=0)] = np.nan
-    mean, square, *shares = told.T
-    return np.nansum([r[:, 6:] for r in readings], axis=0), np.column_stack(
-        [mean, np.sqrt(np.maximum(square - mean**2, 0)), *shares]
-    )

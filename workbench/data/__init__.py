@@ -11,16 +11,17 @@ _EXPORTS = {
     "Arrays": "workbench.data.splits",
     "load_splits": "workbench.data.splits",
     "Batches": "workbench.data.batches",
-    "Shard": "workbench.data.batches",
+    "Shard": "workbench.data.order",
     "load_batches": "workbench.data.loading",
 }
 
 __all__ = [*_EXPORTS]
 
 if TYPE_CHECKING:
-    from workbench.data.batches import Batches, Shard
+    from workbench.data.batches import Batches
     from workbench.data.config import DataConfig
     from workbench.data.loading import load_batches
+    from workbench.data.order import Shard
     from workbench.data.splits import Arrays, Splits, load_splits
 
 

@@ -2,44 +2,31 @@
 
 The order of samples and every random draw follow from (seed, epoch, step) alone. So a run resumes in the middle of an epoch
 exactly, and the global batch of a step is the same on any number of ranks, micro-steps or loader processes, however unequally
-the ranks share it (:meth:`Batches.share_out`).
+the ranks share it (:mod:`~workbench.data.order`). What doesn't lie in memory is read by :mod:`~workbench.data.workers`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader
 
 from workbench.data.augment import Draw
 from workbench.data.config import AUGMENTATIONS, DataConfig
 from workbench.data.mix import cutmix, mix_targets, mixup
+from workbench.data.order import Shard, SharedOrder, derive_seed
 from workbench.data.splits import Arrays, Splits
-from workbench.errors import ConfigError, DataError, WorkbenchError
+from workbench.data.workers import PREFETCH, end, make_loader, moved
+from workbench.errors import ConfigError
 
 Batch = tuple[Any, Tensor]
 MIXES = {"mixup": mixup, "cutmix": cutmix}
-_PREFETCH = 4  # micro-batches that each loader process reads ahead
-
-
-@dataclass(frozen=True)
-class Shard:
-    """This process's share of each step: rank of ``world``, in ``micro`` micro-steps."""
-
-    rank: int = 0
-    world: int = 1
-    micro: int = 1
-    sizes: tuple[int, ...] = ()
-    """Samples of each rank in a global batch, multiples of ``micro``; by default equal."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +38,8 @@ class Target:
     channels_last: bool = False
 
 
-def derive_seed(*parts: int) -> int:
-    """A 63-bit seed from whole numbers; distinct parts give unrelated seeds."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
-
-
-class Batches:
-    """Training and evaluation batches of one rank.
+class Batches(SharedOrder):
+    """Training and evaluation batches of one rank: an order, and the samples.
 
     Args:
         splits: the data.
@@ -72,20 +54,8 @@ class Batches:
     """
 
     def __init__(self, splits: Splits, config: DataConfig, shard: Shard, target: Target, seed: int) -> None:
-        self.splits, self.config, self.shard, self.target, self.seed = splits, config, shard, target, seed
-        self.samples = len(splits.train)  # type: ignore[arg-type]
-        parts = shard.world * shard.micro
-        if config.batch_size % parts and not shard.sizes:
-            raise ConfigError(
-                f"data.batch_size={config.batch_size} does not divide into {shard.world} rank(s) × accumulate={shard.micro}.",
-                f"Take a multiple of {parts}, e.g. {max(1, round(config.batch_size / parts)) * parts}.",
-            )
-        if config.batch_size > self.samples:
-            raise ConfigError(
-                f"data.batch_size={config.batch_size} is larger than the {self.samples} training samples.",
-                f"Take at most {self.samples}.",
-            )
-        self.steps_per_epoch = self.samples // config.batch_size
+        super().__init__(len(splits.train), config.batch_size, shard, seed)  # type: ignore[arg-type]
+        self.splits, self.config, self.target = splits, config, target
         names = splits.augment if config.augment is None else config.augment
         self._augmentations = [AUGMENTATIONS.factory(name) for name in names]
         self._mix = MIXES.get(config.mix)
@@ -94,9 +64,7 @@ class Batches:
         self._classes = splits.num_classes
         self.waited = 0.0
         """Seconds that this process has waited for samples."""
-        self._shares: list[tuple[int, tuple[int, ...]]] = []
-        self._places: dict[tuple[int, ...], list[slice | Tensor]] = {}
-        self.share_out(shard.sizes or (config.batch_size // shard.world,) * shard.world, 0)
+        self._known_places: dict[tuple[int, ...], list[slice | Tensor]] = {}
         self._generator = torch.Generator(device=target.device)
         self._scale, self._bias = _affine(splits, target)
         self._source: tuple[Tensor, Tensor] | None = None
@@ -116,7 +84,7 @@ class Batches:
 
     def close(self) -> None:
         """End the loader's processes now, not when the last reference goes (an error's traceback may hold one for long)."""
-        _end(getattr(self._loader, "_iterator", None))
+        end(getattr(self._loader, "_iterator", None))
         self._loader = None
 
     def watch(self, check: Callable[[Tensor], None], classes: int) -> None:
@@ -131,53 +99,20 @@ class Batches:
                 check(split.y)
         self._check = check
 
-    def order(self, epoch: int) -> Tensor:
-        """int64 [N] on the CPU: the epoch's permutation of the samples."""
-        return torch.randperm(self.samples, generator=torch.Generator().manual_seed(derive_seed(self.seed, epoch)))
-
-    # -- shares -------------------------------------------------------------------------------------------------------
-
-    def share_out(self, sizes: tuple[int, ...], step: int) -> None:
-        """From optimizer step ``step`` of the run on, counted from 0, each rank takes so many samples of a global batch.
-
-        Every rank is told the same, at least :attr:`ahead` steps before.
-
-        Args:
-            sizes: one a rank, multiples of the number of micro-steps; their sum is the global batch.
-        """
-        whole, grain = sum(sizes) == self.config.batch_size, all(size > 0 and size % self.shard.micro == 0 for size in sizes)
-        if len(sizes) != self.shard.world or not whole or not grain:
-            raise ConfigError(
-                f"Shares of {sizes} samples do not make {self.shard.world} rank(s) of a batch of {self.config.batch_size}.",
-                f"Give each rank a multiple of accumulate={self.shard.micro}, that many in all.",
-            )
-        self._shares = [(since, known) for since, known in self._shares if since < step] + [(step, sizes)]
-        if sizes not in self._places:
-            self._places[sizes] = [self._place(_micro_part(sizes, self.shard, micro)) for micro in range(self.shard.micro)]
-
-    def sizes(self, step: int) -> tuple[int, ...]:
-        """Samples of each rank in the global batch of optimizer step ``step`` of the run, counted from 0."""
-        return next(sizes for since, sizes in reversed(self._shares) if since <= step)
-
-    def parts(self, step: int) -> float:
-        """Into how many micro-batches of this rank's size one rank's equal share of the global batch divides at ``step``.
-
-        The number of micro-steps, where shares are equal. A micro-batch's mean loss divided by this, summed over micro-steps and
-        averaged over ranks, is the mean over the global batch.
-        """
-        return self.config.batch_size * self.shard.micro / (self.sizes(step)[self.shard.rank] * self.shard.world)
-
-    def part(self, step: int, micro: int) -> slice:
-        """Place of this rank's micro-batch in the global batch."""
-        return _micro_part(self.sizes(step), self.shard, micro)
-
     @property
     def ahead(self) -> int:
         """Between two steps: of how many coming ones the samples may have been chosen already."""
-        return 0 if self.in_memory else math.ceil((_PREFETCH * self.config.workers + 1) / self.shard.micro)
+        return 0 if self.in_memory else math.ceil((PREFETCH * self.config.workers + 1) / self.shard.micro)
+
+    def _places(self, step: int) -> list[slice | Tensor]:
+        """Positions in the global batch that each micro-step of optimizer step ``step`` of the run reads."""
+        sizes = self.sizes(step)
+        if sizes not in self._known_places:
+            self._known_places[sizes] = [self._place(self.part(step, micro)) for micro in range(self.shard.micro)]
+        return self._known_places[sizes]
 
     def _place(self, part: slice) -> slice | Tensor:
-        """Positions in the global batch that a micro-step reads: its own, and then its samples' partners where these differ."""
+        """A micro-step's own samples, and then their partners where these differ."""
         if self._mix is None or part.stop - part.start == self.config.batch_size:
             return part
         own = torch.arange(part.start, part.stop)
@@ -212,7 +147,7 @@ class Batches:
             order = order.pin_memory().to(self.target.device, non_blocking=True)
         for step in range(start, self.steps_per_epoch):
             batch = order[step * self.config.batch_size : (step + 1) * self.config.batch_size]
-            for place in self._places[self.sizes(epoch * self.steps_per_epoch + step)]:
+            for place in self._places(epoch * self.steps_per_epoch + step):
                 index = batch[place]
                 yield x.index_select(0, index), y.index_select(0, index)
 
@@ -220,18 +155,11 @@ class Batches:
         if self._loader is None:
             workers = self.config.workers
             self._plan = _Plan(self)
-            self._loader = DataLoader(
-                _Seeded(self.splits.train, self.seed),
-                batch_sampler=self._plan,
-                num_workers=workers,
-                persistent_workers=workers > 0,
-                prefetch_factor=_PREFETCH if workers else None,
-                pin_memory=self.target.device.type == "cuda",
-                collate_fn=_collate,
-                generator=torch.Generator(),  # else each pass over the loader draws from the generator that dropout draws from
+            self._loader = make_loader(
+                self.splits.train, self.seed, self._plan, workers, lasting=True, pinned=self.target.device.type == "cuda"
             )
         self._plan.epoch, self._plan.start = epoch, start
-        yield from _moved(iter(self._loader), self.target.device, self._check)
+        yield from moved(iter(self._loader), self.target.device, self._check)
 
     def _finish(self, x: Any, y: Tensor, epoch: int, step: int, micro: int) -> Batch:
         images = _are_images(x)
@@ -240,7 +168,7 @@ class Batches:
         self._generator.manual_seed(derive_seed(self.seed, epoch, step))
         at = epoch * self.steps_per_epoch + step
         if images:
-            draw = Draw(self._generator, self.config.batch_size, self._places[self.sizes(at)][micro])
+            draw = Draw(self._generator, self.config.batch_size, self._places(at)[micro])
             for augmentation in self._augmentations:
                 x = augmentation(x, draw)
             x = self._normalize(x)
@@ -264,7 +192,7 @@ class Batches:
         Batches held in memory have one fixed shape: the last is filled up, so that compiled models see no other.
         """
         size, split = self.config.eval_batch_size, self.splits.eval
-        mine = self._own(len(split))  # type: ignore[arg-type]
+        mine = self.share_of(len(split))  # type: ignore[arg-type]
         if isinstance(split, Arrays):
             size = min(size, len(mine)) or 1
             if self._held_out is None:
@@ -276,33 +204,13 @@ class Batches:
                 yield (self._normalize(x) if _are_images(x) else x), y, len(rows)
             return
         plan = [[(0, row) for row in mine[start : start + size]] for start in range(0, len(mine), size)]
-        loader = DataLoader(
-            _Seeded(split, self.seed),
-            batch_sampler=plan,
-            num_workers=self.config.workers,
-            collate_fn=_collate,
-            generator=torch.Generator(),
-        )
+        loader = make_loader(split, self.seed, plan, self.config.workers)
         read = iter(loader)
         try:
-            for x, y in _moved(read, self.target.device, self._check):
+            for x, y in moved(read, self.target.device, self._check):
                 yield (self._normalize(x) if _are_images(x) else x), y, len(y)
         finally:
-            _end(read)
-
-    def _own(self, count: int) -> range:
-        """Which of so many evaluation samples are this rank's: its share of them."""
-        rank, sizes = self.shard.rank, self._shares[-1][1]
-        if len(set(sizes)) == 1:
-            return range(rank, count, self.shard.world)
-        begin, end = sum(sizes[:rank]), sum(sizes[: rank + 1])
-        return range(count * begin // self.config.batch_size, count * end // self.config.batch_size)
-
-
-def _micro_part(sizes: tuple[int, ...], shard: Shard, micro: int) -> slice:
-    size = sizes[shard.rank] // shard.micro
-    start = sum(sizes[: shard.rank]) + micro * size
-    return slice(start, start + size)
+            end(read)
 
 
 def _are_images(x: Any) -> bool:
@@ -341,96 +249,5 @@ class _Plan:
         order = batches.order(epoch)
         for step in range(self.start, batches.steps_per_epoch):
             batch = order[step * size : (step + 1) * size]
-            for place in batches._places[batches.sizes(epoch * batches.steps_per_epoch + step)]:
+            for place in batches._places(epoch * batches.steps_per_epoch + step):
                 yield [(epoch, index) for index in batch[place.cpu() if isinstance(place, Tensor) else place].tolist()]
-
-
-class _Seeded(Dataset[Any]):
-    """A data set whose samples draw the same random numbers whichever process reads them, and whenever."""
-
-    def __init__(self, source: Any, seed: int) -> None:
-        self.source, self.seed = source, seed
-
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        epoch, index = key
-        seed = derive_seed(self.seed, epoch, index)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 - users' transforms draw from the global generator
-        torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would seed the accelerator's generator too
-        if isinstance(self.source, Arrays):
-            return self.source.x[index], self.source.y[index]
-        return self.source[index]
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> Any:
-        # Without worker processes the global generators are the trainer's own: give them back as they were.
-        kept = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-        samples: list[Any] = []
-        try:
-            for key in keys:
-                try:
-                    samples.append(self[key])
-                except WorkbenchError as error:
-                    samples = [error]
-                    break
-                except Exception as error:
-                    samples = [
-                        DataError(f"Sample {key[1]} cannot be read: {type(error).__name__}: {error}.", "Mend or remove it.")
-                    ]
-                    break
-        finally:
-            random.setstate(kept[0])
-            np.random.set_state(kept[1])  # noqa: NPY002
-            torch.set_rng_state(kept[2])
-        return samples
-
-
-def _collate(samples: list[Any]) -> Any:
-    """A batch, or the error that a loader process met, which travels to the trainer as it is."""
-    if isinstance(samples[0], WorkbenchError):
-        return samples[0]
-    try:
-        return default_collate(samples)
-    except (RuntimeError, TypeError) as error:
-        return DataError(f"Samples do not stack into a batch: {error}.", "Give every sample the same shape and type.")
-
-
-def _moved(loader: Iterator[Any], device: torch.device, check: Callable[[Tensor], None]) -> Iterator[Batch]:
-    """Batches on the device; on an accelerator the next one is copied while the present one is used."""
-    if device.type != "cuda":
-        for batch in loader:
-            yield _checked(batch, check)
-        return
-    stream = torch.cuda.Stream(device)
-    ahead: Any = None
-    for batch in loader:
-        _checked(batch, check)
-        with torch.cuda.stream(stream):
-            copied = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
-        if ahead is not None:
-            yield _handed_over(ahead, stream)
-        ahead = copied
-    if ahead is not None:
-        yield _handed_over(ahead, stream)
-
-
-def _end(iterator: Any) -> None:
-    """End a loader's processes, if it has any."""
-    if hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
-
-
-def _handed_over(batch: Any, stream: torch.cuda.Stream) -> Batch:
-    current = torch.cuda.current_stream()
-    current.wait_stream(stream)
-    torch.utils._pytree.tree_map_only(Tensor, lambda t: t.record_stream(current), batch)
-    return batch
-
-
-def _checked(batch: Any, check: Callable[[Tensor], None]) -> Batch:
-    if isinstance(batch, WorkbenchError):
-        raise batch
-    if not (isinstance(batch, list | tuple) and len(batch) == 2):
-        raise DataError(f"A sample is a {type(batch).__name__}, not a pair (x, y).", "Return (input, target) from the data set.")
-    if isinstance(batch[1], Tensor):
-        check(batch[1])
-    return batch  # type: ignore[return-value]

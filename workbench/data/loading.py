@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from workbench.data.batches import Batches, Shard, Target
+from workbench.data.batches import Batches, Target
 from workbench.data.config import DataConfig
+from workbench.data.order import Shard
 from workbench.data.splits import load_splits
 
 

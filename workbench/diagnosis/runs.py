@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from workbench.commands import LIVE
 from workbench.config import Config
 from workbench.diagnosis import activations, gradients, losses, memory, times, updates
 from workbench.diagnosis.base import RULES, SEVERITIES, Tables
 from workbench.events import CommandApplied, Finding, Steps
-from workbench.run import LIVE, Run
+from workbench.run import Run
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,7 +1,7 @@
 """Shares of a batch that follow the speed of the ranks.
 
 :func:`first_shares` says how a run begins; :class:`Balance` changes it while training. What a rank computes is weighted by its
-share (:meth:`workbench.data.batches.Batches.parts`), so that the gradient is that of the whole batch throughout.
+share (:meth:`workbench.data.order.SharedOrder.parts`), so that the gradient is that of the whole batch throughout.
 """
 
 from __future__ import annotations

@@ -22,6 +22,13 @@ class Decisions:
 
     made: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._before = frozenset(self.made)
+
+    def asked(self, name: str, wanted: Any) -> bool:
+        """Whether a setting is left to auto, and no earlier attempt decided it."""
+        return bool(wanted == "auto" and name not in self._before)
+
     def decide(self, name: str, value: Any, reason: str) -> Any:
         """``value``, or what was decided before under this name."""
         return self.made.setdefault(name, {"value": value, "reason": reason})["value"]

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from workbench.data.batches import derive_seed
+from workbench.data.order import derive_seed
 from workbench.distributed import World
 from workbench.errors import ConfigError
 from workbench.placement import find_device, place, release, return_output

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from workbench.allocator import forget, held_by, ran_out, room, tensor_bytes, trim
-from workbench.data.batches import Batches, Shard, Target
+from workbench.data.batches import Batches, Target
+from workbench.data.order import Shard
 from workbench.data.splits import load_splits
 from workbench.distributed import pick_device
 from workbench.errors import ConfigError, MemoryExhausted
@@ -34,6 +35,7 @@ from workbench.training.economy import Economy
 from workbench.training.memory_config import MemoryConfig
 from workbench.training.objective import Objective
 from workbench.training.precision import Precision
+from workbench.training.subject import fit_to_data
 
 AGREEMENT = 0.02
 """Share by which the memory of one more sample may differ between two pairs of batch sizes that lie on one line."""
@@ -232,8 +234,6 @@ def trial_of(config: TrainConfig, data: Any = None, root: str | os.PathLike[str]
         data: as in :func:`workbench.train`.
         root: folder that relative names of the config are looked up in.
     """
-    from workbench.training.session import fit_to_data
-
     device = pick_device(config.device)
     splits = load_splits(config.data, data, root=Path(root) if root is not None else None)
     precision = Precision(decisions.decide_precision(config, device, decisions.Decisions()), device)
