@@ -165,7 +165,8 @@ def contestants(job: Job, ranks: int, epochs: int, workers: int) -> dict[str, Ca
         "plain": lambda: peers.plain(job, ranks, epochs, workers),
     }
     if ranks > 1:
-        return found
+        rounded = {"compile": "reduce-overhead", "communication.compress": "bf16"}
+        return found | {"workbench, captured, bf16 exchange": lambda: peers.workbench(job, ranks, epochs, rounded)}
     found |= {
         "step alone, captured": lambda: peers.step_alone(job, "reduce-overhead"),
         "step alone, eager": lambda: peers.step_alone(job, "off"),

@@ -167,12 +167,14 @@ class Tied(nn.Module):
         self.unused = None if broken else nn.Linear(8, 8)  # which DDP does not take
         self.frozen.requires_grad_(False)
         self.head, self.broken = nn.Linear(8, 3), broken
+        self.table = nn.Embedding(150_000, 8, padding_idx=2)  # too large to be sent whole
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.norm(self.conv(x)).relu().mean((2, 3))
         if self.broken:
             torch._dynamo.graph_break()
-        return self.head(self.mixed(self.frozen(self.mixed(hidden))))
+        rows = self.table((10 * x[:, 0].abs()).long())  # some twice, some for what is padded
+        return self.head(self.mixed(self.frozen(self.mixed(hidden)))) + rows.mean((1, 2))[:, :3]
 
 
 def compiled(world: World) -> dict[str, Any]:
@@ -211,7 +213,7 @@ def compiled(world: World) -> dict[str, Any]:
         flat = [[[step[key] for key in sorted(step)] for step in side] for side in sides]
         found[name] = {
             "distance": distance(flat[1], flat[0]),
-            "names": all(same) and strides and len(sides[0][0]) == 8,
+            "names": all(same) and strides and len(sides[0][0]) == 9,
             "way": type(joined).__name__ if joined.marked is not None else "DDP",
             "payload": joined.payload,
         }

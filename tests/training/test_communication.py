@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from workbench import Run, TrainConfig, launch, launcher
 from workbench.errors import ConfigError
@@ -59,6 +60,34 @@ def test_compiled_copies_exchange_gradients_within_the_backward_pass(found: list
             assert compiled[name]["distance"] < apart, (name, compiled[name])
             assert way == "DDP" or compiled[name]["payload"] * part == compiled["whole"]["payload"]
         assert compiled["bf16"]["distance"] > 1e-5
+
+
+def test_what_a_compiled_pass_sends() -> None:
+    """Buckets where their last gradient is there, smaller ones at the end; a large table's rows; waits after everything else."""
+    from functorch.compile import default_partition, nop
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
+    from workbench.training.reduction import Averaging
+
+    seen: list[str] = []
+
+    def divide(joint: torch.fx.GraphModule, inputs: Any, **settings: Any) -> Any:
+        Averaging("0", 2, 0.001, None)(joint.graph)
+        joint.graph.lint()
+        seen.extend(str(node.target) for node in joint.graph.nodes)
+        return default_partition(joint, inputs, **settings)
+
+    backend = aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=divide, decompositions=select_decomp_table())
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Embedding(400_000, 4), nn.Flatten(), *(nn.Linear(16, 16) for _ in range(3)))
+    torch.compile(model, backend=backend, fullgraph=True)(torch.arange(8).view(2, 4))
+    torch.compiler.reset()
+    names = [name.split(".")[1] for name in seen if "c10d" in name]
+    assert names == ["all_reduce"] * 5 + ["all_gather_into_tensor"] * 2 + ["wait_tensor"] * 7
+    # The last layer's gradients, which come first, have set out before those of the next are computed.
+    assert "mm" in "".join(seen[seen.index("_c10d_functional.all_reduce.default") :])
+    assert seen.index("workbench.mark.default") == max(i for i, name in enumerate(seen) if "all_gather" in name) - 2
 
 
 def test_low_rank_factors_keep_back_what_they_do_not_tell(found: list[dict[str, Any]]) -> None:
