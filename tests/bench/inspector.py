@@ -6,12 +6,13 @@ The jobs of ``tests.bench.training``: one batch that never changes, forward, bac
 unread and read take turns, in blocks of steps; figures are medians of the blocks.
 
 * ``weights``  — gradients of all parameters, and outputs of the layers with weights and of activations, every step.
+* ``sampled``  — the same, but scalars of outputs from the samples that their histograms are of.
 * ``every leaf`` — norms, pooling and all others too.
 * ``naive``    — a forward hook a leaf and a hook a parameter: norm and histogram, each brought to the host by ``.item()``.
 * ``wandb``    — what ``wandb.watch(log="gradients")`` does: ``torch.histc`` with 64 bins of every gradient, brought to the host.
 * ``TensorBoard`` — ``SummaryWriter.add_histogram`` of every gradient and every leaf's output.
 
-The scalars of the first two are exact; their histograms are sampled (see ``workbench.probes.activations.SAMPLE``). On a CPU the
+Other scalars are exact; all histograms are sampled (see ``workbench.probes.activations.SAMPLE``). On a CPU the
 sizes shrink and the figures only show that it runs.
 """
 
@@ -33,17 +34,23 @@ from torch import Tensor, nn
 from tests.bench.peers import CUDA, DEVICE, Job, synchronize
 from tests.bench.training import JOBS
 from workbench.probes import PROBES, ProbeConfig, ProbeSet, StepContext
+from workbench.probes.config import ActivationProbeConfig
 
 WEIGHTS = "Linear, Conv*, Embedding, *ReLU*, GELU*, SiLU, Tanh, Sigmoid, Hard*"
+WAYS = (("weights", WEIGHTS, "exact"), ("sampled", WEIGHTS, "sampled"), ("every leaf", "*", "exact"))
+"""By name, the layers whose outputs are read, and what their scalars are of."""
 BLOCK, ROUNDS = (25, 5) if CUDA else (2, 2)
 """Steps of a block; blocks of each kind."""
 WARM = 12 if CUDA else 1
 
 
-def probe_set(net: nn.Module, kinds: str) -> tuple[ProbeSet, list[int]]:
+def probe_set(net: nn.Module, kinds: str, moments: str = "exact") -> tuple[ProbeSet, list[int]]:
     """Probes of gradients and outputs, attached; and how many tables have come."""
     told: list[int] = []
-    probes: dict[str, Any] = {name: (PROBES.create(name, ProbeConfig(kinds=kinds)), 1) for name in ("gradients", "activations")}
+    probes: dict[str, Any] = {
+        "gradients": (PROBES.create("gradients", ProbeConfig()), 1),
+        "activations": (PROBES.create("activations", ActivationProbeConfig(kinds=kinds, moments=moments)), 1),
+    }
     found = ProbeSet(probes, lambda kind, step, columns: told.append(len(columns["layer"])))
     found.attach(net)
     return found, told
@@ -186,10 +193,10 @@ def main() -> None:
 
     for job in (JOBS[name]() for name in arguments.jobs):
         for mode in arguments.modes:
-            for name, kinds in (("weights", WEIGHTS), ("every leaf", "*")):
+            for name, kinds, moments in WAYS:
                 torch._dynamo.reset()
                 torch.manual_seed(0)
-                step = Step(job, mode == "captured", lambda net, kinds=kinds: probe_set(net, kinds)[0])
+                step = Step(job, mode == "captured", lambda net, kinds=kinds, moments=moments: probe_set(net, kinds, moments)[0])
                 tell(job, mode, name, *in_turns(step))
                 del step
         if arguments.peers:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from workbench.probes import triton_kernels
 from workbench.probes.base import ACTIVATIONS, GRADIENTS
-from workbench.probes.kernels import FIELDS, Bins, Plan, Tally, in_memory_order, layout_of
+from workbench.probes.bins import Bins
+from workbench.probes.kernels import FIELDS, Plan, Tally
+from workbench.probes.sampling import in_memory_order, layout_of
 
 SAMPLE = 1024
 FREE = (0.0, -math.inf, math.inf)
@@ -32,6 +34,44 @@ def values() -> list[tuple[Tensor, int]]:
         (torch.tanh(torch.randn(80, 6) * 30), -1),
         (strange, -1),
     ]
+
+
+def narrow() -> list[tuple[Tensor, int]]:
+    """Tensors of 16 bits: such as squares can be trusted of, and such as they can't."""
+    torch.manual_seed(1)
+    plain = torch.randn(7, 9000)
+    spoiled = plain.clone()
+    spoiled[3, 77], spoiled[5, 8000] = math.nan, math.inf
+    tensors = [plain, spoiled, plain * 1e-25, plain * 3e18, plain.relu(), torch.zeros(1, 9000), plain[:, :100] * 1e-30]
+    return [(tensor.bfloat16(), -1) for tensor in tensors]
+
+
+def moments_of_16_bits() -> None:
+    """Against float64, by one launch each and by one of all; of the sample alone, those of the sample."""
+    tensors, dims = zip(*narrow(), strict=True)
+    limits = [FREE] * len(dims)
+    layouts = [layout_of(value, dim, SAMPLE) for value, dim in zip(tensors, dims, strict=True)]
+    for exact in (True, False):
+        one, many = (launched(list(dims), programs, ACTIVATIONS, limits) for programs in (2, 512))
+        plan = Plan(range(len(dims)), layouts, torch.bfloat16, torch.device("cpu"), exact)
+        for row, value in enumerate(tensors):
+            flat = in_memory_order(value).reshape(-1)
+            triton_kernels.record(flat, layouts[row], one.partials[row], one.samples[row], exact=exact)
+        triton_kernels.record_all(plan, tensors, many.partials, many.samples, exact=exact)
+        for tally in (one, many):
+            got = triton_kernels.finish(tally.partials, tally.samples, ACTIVATIONS, tally.limits, tally.runs)
+            for row, value in enumerate(tensors):
+                wide = value.double().flatten()
+                wide = wide if exact else wide[layouts[row].places(wide.device)]
+                assert got[row, 0] == len(wide) and got[row, 3] == (wide == 0).sum()
+                assert got[row, 4] == len(wide) - torch.isfinite(wide).sum()
+                expected = torch.stack([wide.sum(), wide.square().sum(), wide.min(), wide.max()])
+                scale = torch.stack([wide.abs().sum(), wide.square().sum(), *[wide.abs().max()] * 2])
+                apart = (got[row, [1, 2, 5, 6]] - expected).abs()
+                assert (
+                    (apart <= 2e-7 * scale) | (expected.isnan() & got[row, [1, 2, 5, 6]].isnan())
+                ).all() or not scale.isfinite().all()
+                np.testing.assert_array_equal(got[row, [5, 6]], expected[2:])
 
 
 def launched(dims: list[int], programs: int, bins: Bins, limits: list[tuple[float, float, float]]) -> Tally:
@@ -72,3 +112,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    moments_of_16_bits()

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workbench.probes.base import ACTIVATIONS, GRADIENTS
-from workbench.probes.kernels import ENOUGH, HEAD, Bins, Layout, Tally, layout_of
+from workbench.probes.bins import Bins
+from workbench.probes.kernels import ENOUGH, HEAD, Tally
+from workbench.probes.sampling import Layout, layout_of
 
 CPU = torch.device("cpu")
 SPECIAL = [0.0, -0.0, 1e-45, -1e-40, 3e38, -3e38, 65504.0, 2.0**-24, -(2.0**-24), 1.0, -1.0, math.sqrt(2), -math.sqrt(2)]
@@ -58,6 +60,22 @@ def test_micro_batches_add_up_and_a_row_begins_anew_after_each_reading() -> None
         found = tally.finish()
         np.testing.assert_allclose(found[1, :7].numpy(), moments(torch.cat(parts)), rtol=1e-12)
         assert found[0, 0] == 0 and found[0, 7] == 0 and found[0, HEAD:].sum() == 0  # nothing was added to it
+
+
+def test_moments_of_the_sample_alone() -> None:
+    """They are those of the sampled elements, and as near the whole's as its size says."""
+    torch.manual_seed(0)
+    value = torch.randn(3000, 64) * 2 + 1
+    tally = Tally([-1], 4096, ACTIVATIONS, CPU, exact=False)
+    tally.record(0, value)
+    count, total, square, zeros, broken, low, high, sampled = tally.finish()[0, :8].tolist()
+    sample = tally.samples[0, :4096].double()
+    assert count == sampled == 4096 and zeros == broken == 0
+    assert (low, high) == (sample.min(), sample.max())
+    assert total == pytest.approx(float(sample.sum()), rel=1e-12) and square == pytest.approx(
+        float(sample.square().sum()), rel=1e-6
+    )
+    assert abs(total / count - 1) < 4 * 2 / math.sqrt(4096)
 
 
 @pytest.mark.parametrize("bins", [ACTIVATIONS, GRADIENTS, Bins(-3, 2), Bins(-2, 2, 2, signed=True)])

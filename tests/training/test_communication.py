@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -68,8 +69,11 @@ def test_what_a_compiled_pass_sends() -> None:
     from torch._dynamo.backends.common import aot_autograd
     from torch._inductor.decomposition import select_decomp_table
 
-    from workbench.training.reduction import Averaging
+    from workbench.training.reduction import Averaging, cut
 
+    single, half = torch.float32, torch.bfloat16
+    assert cut([8, 8, 8, 8, 8, 3, 1, 1], [single] * 8, 16) == [[0], [1, 2], [3, 4], [5], [6, 7]]
+    assert cut([1, 1, 1], [single, half, half], math.inf) == [[0], [1, 2]] and cut([], [], 1) == []
     seen: list[str] = []
 
     def divide(joint: torch.fx.GraphModule, inputs: Any, **settings: Any) -> Any:
@@ -84,7 +88,7 @@ def test_what_a_compiled_pass_sends() -> None:
     torch.compile(model, backend=backend, fullgraph=True)(torch.arange(8).view(2, 4))
     torch.compiler.reset()
     names = [name.split(".")[1] for name in seen if "c10d" in name]
-    assert names == ["all_reduce"] * 5 + ["all_gather_into_tensor"] * 2 + ["wait_tensor"] * 7
+    assert names == ["all_reduce"] * 6 + ["all_gather_into_tensor"] * 2 + ["wait_tensor"] * 8
     # The last layer's gradients, which come first, have set out before those of the next are computed.
     assert "mm" in "".join(seen[seen.index("_c10d_functional.all_reduce.default") :])
     assert seen.index("workbench.mark.default") == max(i for i, name in enumerate(seen) if "all_gather" in name) - 2

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from workbench.distributed import local
 from workbench.placement import to_device
 from workbench.probes.base import ACTIVATIONS, Probe, StepContext, computing_again
-from workbench.probes.config import ProbeConfig
+from workbench.probes.config import ActivationProbeConfig, ProbeConfig
 from workbench.probes.kernels import HEAD, Tallies, record
 
 SAMPLE = {"cpu": 4096, "cuda": 16384}
@@ -38,9 +38,13 @@ class ActivationProbe(Probe):
     but zero, or ``saturated``: nothing but values at a bound of their activation, in 64 values sampled in a row or more.
 
     Scalars are exact, summed in float64 over every element and micro-step of this rank's share; histogram and units are of a
-    sample of the last micro-batch, ``sampled`` elements. Hooks are installed before compilation and traced with the model: a
-    step that reads runs a second compiled graph, in which each layer's output goes through one more operator; steps that don't
-    read pay nothing. In eager steps the outputs of several layers are read by one launch.
+    sample of the last micro-batch, ``sampled`` elements. With ``moments="sampled"`` the scalars, too, are of that sample, which
+    alone is read then, and ``count`` says so: a mean then has a standard error of std / sqrt(sampled), a standard deviation one
+    of about 0.7 of that. ``error`` is the largest standard error of a bin's share.
+
+    Hooks are installed before compilation and traced with the model: a step that reads runs a second compiled graph, in which
+    each layer's output goes through one more operator; steps that don't read pay nothing. In eager steps the outputs of several
+    layers are read by one launch.
     """
 
     kind = "activations"
@@ -48,6 +52,7 @@ class ActivationProbe(Probe):
     def __init__(self, config: ProbeConfig) -> None:
         super().__init__(config)
         self.active = False
+        self._exact = not isinstance(config, ActivationProbeConfig) or config.moments == "exact"
 
     def attach(self, model: nn.Module) -> Callable[[], None]:
         layers: list[tuple[str, nn.Module, int]] = []
@@ -62,7 +67,7 @@ class ActivationProbe(Probe):
         self._names = [name or type(model).__name__ for name, _, _ in layers]
         devices = list(dict.fromkeys(p.device for p in model.parameters())) or [torch.device("cpu")]
         limits = [limits_of(module) for _, module, _ in layers]
-        self._tallies = Tallies(devices, [dim for _, _, dim in layers], SAMPLE, ACTIVATIONS, limits)
+        self._tallies = Tallies(devices, [dim for _, _, dim in layers], SAMPLE, ACTIVATIONS, limits, self._exact)
         handles = [module.register_forward_hook(self._hook(row)) for row, (_, module, _) in enumerate(layers)]
 
         def detach() -> None:
@@ -86,7 +91,7 @@ class ActivationProbe(Probe):
                         value = to_device(value, self._tallies.home)
                     tally = self._tallies.by_device[value.device]
                     if torch.compiler.is_compiling():
-                        record(value, tally.partials, tally.samples, row, tally.dims[row])
+                        record(value, tally.partials, tally.samples, row, tally.dims[row], tally.exact)
                     else:
                         tally.later(row, local(value))
 
@@ -118,6 +123,7 @@ class ActivationProbe(Probe):
             "dead": dead,
             "saturated": saturated,
             "sampled": sampled.astype(np.int64),
+            "error": 0.5 / np.sqrt(sampled),
             "histogram": list(values[seen, HEAD:].astype(np.int32)),
         }
 

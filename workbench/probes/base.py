@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from workbench.probes.bins import Bins
 from workbench.probes.config import ProbeConfig
-from workbench.probes.kernels import Bins
 
 if TYPE_CHECKING:
     from workbench.probes.holders import RunParts

@@ -1,10 +1,10 @@
 """What probes add up of tensors, in one pass: Triton kernels on CUDA, torch's own operations elsewhere, the same numbers.
 
-* :class:`Tally` — a row a tensor: exact moments of every element, and a sample of them. Tensors are recorded at once, or several
+* :class:`Tally` — a row a tensor: moments of every element, and a sample of them; or moments of the sample, which alone is read
+  then. Tensors are recorded at once, or several
   by one launch (:meth:`Tally.later`, :meth:`Tally.record_all`); :meth:`Tally.finish` gives what was found and starts anew.
 * :class:`Tallies` — one on each of the devices that a model lies on.
-* :class:`Layout` — which elements make a sample; :class:`Plan` — what stays the same of tensors that are recorded together.
-* :class:`Bins` — histograms of magnitudes by the exponent bits, signed in half octaves or unsigned in octaves.
+* :class:`Plan` — what stays the same of tensors that are recorded together.
 * :func:`record` — one opaque operator for compiled models: ``torch.compile`` neither breaks its graph there nor tries to fuse
   reductions over every layer of a model.
 """
@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from workbench.placement import to_device
+from workbench.probes.bins import Bins
+from workbench.probes.sampling import SHAPES, Layout, in_memory_order, layout_of
 
-PROGRAMS = 512
+PROGRAMS = 256
 """Parallel partial results of a row on CUDA, at most; merged by :meth:`Tally.finish`."""
 
 FIELDS = 9
@@ -38,119 +39,11 @@ ENOUGH = 64
 """Sampled values without another one between them by which a unit is held to be dead, or stuck at a bound. One that is alive
 for a share p of its values goes for dead with a probability of (1 - p)^64: 4 % for p = 0.05, 0.1 % for p = 0.1."""
 
-SHAPES = 256
-"""Shapes, or sets of shapes, whose layouts are kept: batches of many lengths would else fill the memory with them."""
-
 CHUNK = 1 << 16
 """Elements of a program's share when several tensors are recorded by one launch."""
 
-
-@dataclass(frozen=True)
-class Bins:
-    """How sampled magnitudes are counted: by exponent bits, ``per_octave`` 1 or 2, from 2^low to 2^high.
-
-    ``signed``: the bins of negative numbers mirror those of positive ones, with one about zero between; else bin 0 holds what
-    is below 2^low, zero included. The outermost hold everything beyond. NaN is counted nowhere.
-    """
-
-    low: int
-    high: int
-    per_octave: int = 1
-    signed: bool = False
-
-    @property
-    def steps(self) -> int:
-        """Bins on one side of zero, that up to infinity included."""
-        return (self.high - self.low) * self.per_octave + 1
-
-    @property
-    def count(self) -> int:
-        return (2 if self.signed else 1) * self.steps + 1
-
-    @property
-    def edges(self) -> tuple[float, ...]:
-        """Edges of the bins, one more than bins, infinities included; bins are closed below."""
-        magnitudes = tuple(2.0 ** (self.low + k / self.per_octave) for k in range(self.steps))
-        below = (-math.inf, *(-m for m in reversed(magnitudes))) if self.signed else (0.0,)
-        return (*below, *magnitudes, math.inf)
-
-    def place(self, values: Tensor) -> Tensor:
-        """The bin of each of ``values`` (float32, any shape), int64; :attr:`count` for NaN."""
-        bits = values.contiguous().view(torch.int32)
-        magnitude = (bits & 0x7FFFFFFF).long()
-        negative = (bits < 0) & (magnitude > 0)
-        inner = magnitude - negative.long() * self.signed  # bins of negative numbers are closed on their outer side
-        step = (inner >> 23) - 127 - self.low
-        if self.per_octave == 2:
-            step = 2 * step + ((inner & 0x7FFFFF) >= SQRT2)
-        step = (step + 1).clamp(0, self.steps)
-        if self.signed:
-            step = self.steps + torch.where(negative, -step, step)
-        return torch.where(magnitude > 0x7F800000, self.count, step)
-
-
-SQRT2 = 0x3504F3
-"""Mantissa bits of the square root of two."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which elements of a tensor, in memory order, make its sample: all units at ``rows`` of its positions.
-
-    A unit is a channel or feature. Position ``p`` of unit ``c`` lies at ``(p // inner) * units * inner + c * inner + p % inner``;
-    row ``r`` of the sample is position ``r * step % positions``, with ``step`` near the golden section of all positions and
-    without a common factor, so that any number of rows spreads over them evenly.
-    """
-
-    count: int
-    units: int
-    inner: int
-    positions: int
-    rows: int
-    step: int
-
-    def places(self, device: torch.device) -> Tensor:
-        """int64 [rows × units]: where the sample's elements lie."""
-        return _places(self).to(device)
-
-
-@lru_cache(maxsize=SHAPES)
-def _places(layout: Layout) -> Tensor:
-    position = torch.arange(layout.rows) * layout.step % layout.positions
-    start = position // layout.inner * (layout.units * layout.inner) + position % layout.inner
-    return (start[:, None] + torch.arange(layout.units) * layout.inner).reshape(-1)
-
-
-def in_memory_order(value: Tensor) -> Tensor:
-    """The elements with the innermost dimension last, without a copy for contiguous and channels-last tensors."""
-    if value.ndim == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last):
-        return value.permute(0, 2, 3, 1)
-    return value.contiguous()
-
-
-def layout_of(value: Tensor, dim: int, sample: int) -> Layout:
-    """The layout of ``value`` for a sample of at most ``sample`` elements.
-
-    Args:
-        dim: that its units lie along: 1 for channels of images, -1 for features; 0 for a tensor without units.
-    """
-    shape, axis = tuple(in_memory_order(value).shape), dim % max(1, value.ndim)
-    if not value.is_contiguous() and value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last):
-        axis = (0, 3, 1, 2)[axis]
-    return _layout(shape, axis if dim else 0, sample)
-
-
-@lru_cache(maxsize=8 * SHAPES)
-def _layout(shape: tuple[int, ...], axis: int, sample: int) -> Layout:
-    count = math.prod(shape)
-    units = inner = 1
-    if axis and shape[axis] <= sample:
-        units, inner = shape[axis], math.prod(shape[axis + 1 :])
-    positions = count // units
-    step = max(1, round(positions * 0.6180339887498949))
-    while math.gcd(step, positions) != 1:
-        step += 1
-    return Layout(count, units, inner, positions, min(positions, max(1, sample // units)), step)
+SHARE = 1 << 10
+"""The same where samples alone are read."""
 
 
 class Tally:
@@ -162,6 +55,7 @@ class Tally:
         bins: of the samples' histograms.
         limits: by row: the magnitude up to which a value counts as zero, and the bounds between which it is free. With them,
             units are watched over readings: whether they put out nothing but zero, or nothing but values at a bound.
+        exact: moments are of all elements; else of the samples.
 
     Attributes:
         partials: float64 [rows, programs, FIELDS].
@@ -178,8 +72,9 @@ class Tally:
         bins: Bins,
         device: torch.device,
         limits: Sequence[tuple[float, float, float]] | None = None,
+        exact: bool = True,
     ) -> None:
-        self.dims, self.bins = list(dims), bins
+        self.dims, self.bins, self.exact = list(dims), bins, exact
         rows, programs = len(dims), PROGRAMS if device.type == "cuda" else 1
         self.partials = torch.zeros(rows, programs, FIELDS, dtype=torch.float64, device=device)
         self.samples = torch.zeros(rows, sample, device=device)
@@ -200,7 +95,7 @@ class Tally:
 
     def record(self, row: int, value: Tensor) -> None:
         """Add the elements of ``value``, floating point and not empty, to a row; its sample takes the place of an earlier one."""
-        record_now(value, self.partials, self.samples, row, self.dims[row])
+        record_now(value, self.partials, self.samples, row, self.dims[row], self.exact)
 
     def later(self, row: int, value: Tensor) -> None:
         """The same, with others by one launch, at the latest by :meth:`finish`; ``value`` is kept alive for so long.
@@ -237,7 +132,7 @@ class Tally:
         """Add each of ``values`` to its row; on CUDA by one launch for those of one type."""
         plans, apart = self._planned(rows, values)
         for plan, places in plans:
-            _cuda().record_all(plan, [values[place] for place in places], self.partials, self.samples)
+            _cuda().record_all(plan, [values[place] for place in places], self.partials, self.samples, exact=self.exact)
         for place in apart:
             self.record(rows[place], values[place])
 
@@ -278,7 +173,7 @@ class Tally:
                     self._plans.pop(next(iter(self._plans)))
                 sample = self.samples.shape[1]
                 layouts = [layout_of(values[place], self.dims[rows[place]], sample) for place in places]
-                self._plans[key] = Plan([rows[place] for place in places], layouts, dtype, self.samples.device)
+                self._plans[key] = Plan([rows[place] for place in places], layouts, dtype, self.samples.device, self.exact)
             found.append((self._plans[key], places))
         return found, apart
 
@@ -324,7 +219,7 @@ class Tallies:
 
     Args:
         devices: at least one, each once.
-        dims, sample, bins, limits: as of :class:`Tally`; by the type of the device, the sample.
+        dims, sample, bins, limits, exact: as of :class:`Tally`; by the type of the device, the sample.
     """
 
     def __init__(
@@ -334,9 +229,11 @@ class Tallies:
         sample: Mapping[str, int],
         bins: Bins,
         limits: Sequence[tuple[float, float, float]] | None = None,
+        exact: bool = True,
     ) -> None:
         self.home = devices[0]
-        self.by_device = {each: Tally(dims, sample.get(each.type, sample["cpu"]), bins, each, limits) for each in devices}
+        sizes = {each: sample.get(each.type, sample["cpu"]) for each in devices}
+        self.by_device = {each: Tally(dims, size, bins, each, limits, exact) for each, size in sizes.items()}
 
     def record_all(self, rows: Sequence[int], values: Sequence[Tensor]) -> None:
         for tally, places in self._divided(values):
@@ -379,14 +276,20 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Plan:
     """What stays the same of tensors that are recorded together, on the device.
 
+    Args:
+        exact: all elements are read; else the samples.
+
     Attributes:
         layouts: int64 [tensors, 8]: row, programs, then the fields of :class:`Layout`.
         work: int32 [programs of all, 2]: tensor, and which of its programs.
         base: empty, of the tensors' type; they are addressed from there.
     """
 
-    def __init__(self, rows: Sequence[int], layouts: Sequence[Layout], dtype: torch.dtype, device: torch.device) -> None:
-        programs = [min(PROGRAMS, -(-layout.count // CHUNK)) for layout in layouts]
+    def __init__(
+        self, rows: Sequence[int], layouts: Sequence[Layout], dtype: torch.dtype, device: torch.device, exact: bool = True
+    ) -> None:
+        read = [(layout.count, CHUNK) if exact else (layout.units * layout.rows, SHARE) for layout in layouts]
+        programs = [min(PROGRAMS, -(-count // share)) for count, share in read]
         fields = [
             (row, of, one.count, one.units, one.inner, one.positions, one.rows, one.step)
             for row, of, one in zip(rows, programs, layouts, strict=True)
@@ -405,27 +308,28 @@ class Plan:
         return host.to(self.base.device, non_blocking=True)
 
 
-def record_now(value: Tensor, partials: Tensor, samples: Tensor, row: int, dim: int) -> None:
+def record_now(value: Tensor, partials: Tensor, samples: Tensor, row: int, dim: int, exact: bool) -> None:
     """See :meth:`Tally.record`."""
     flat, layout = in_memory_order(value).reshape(-1), layout_of(value, dim, samples.shape[1])
     if value.is_cuda:
-        _cuda().record(flat, layout, partials[row], samples[row])
+        _cuda().record(flat, layout, partials[row], samples[row], exact=exact)
         return
     sample = flat[layout.places(flat.device)]
     samples[row, : len(sample)] = sample
-    total, norm = flat.sum(dtype=torch.float64), torch.linalg.vector_norm(flat, dtype=torch.float64)
-    zeros, broken = layout.count - torch.count_nonzero(flat), count_nonfinite(flat)
-    low, high = torch.aminmax(flat)
-    partials[row, 0, :5] += torch.stack([torch.full_like(total, layout.count), total, norm * norm, zeros, broken])
+    seen = flat if exact else sample
+    total, norm = seen.sum(dtype=torch.float64), torch.linalg.vector_norm(seen, dtype=torch.float64)
+    zeros, broken = len(seen) - torch.count_nonzero(seen), count_nonfinite(seen)
+    low, high = torch.aminmax(seen)
+    partials[row, 0, :5] += torch.stack([torch.full_like(total, len(seen)), total, norm * norm, zeros, broken])
     partials[row, 0, 5] = torch.minimum(partials[row, 0, 5], low.double())
     partials[row, 0, 6] = torch.maximum(partials[row, 0, 6], high.double())
     partials[row, 0, 7], partials[row, 0, 8] = layout.units, layout.rows
 
 
 @torch.library.custom_op("workbench::record", mutates_args=("partials", "samples"))
-def record(value: Tensor, partials: Tensor, samples: Tensor, row: int, dim: int) -> None:
+def record(value: Tensor, partials: Tensor, samples: Tensor, row: int, dim: int, exact: bool) -> None:
     """:func:`record_now` as one operator of a compiled graph."""
-    record_now(value, partials, samples, row, dim)
+    record_now(value, partials, samples, row, dim, exact)
 
 
 def count_nonfinite(value: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The CUDA kernels behind :mod:`workbench.probes.kernels`. Imported only where there is a CUDA device.
 
-Sums are of float64; loads are 16 bytes wide and unmasked but for a tensor's last block.
+Sums are of float64; loads are 16 bytes wide and unmasked but for a tensor's last block. What is rare, NaN, infinities and numbers
+whose squares vanish, is found out afterwards, and read once more with care.
 """
 
 from __future__ import annotations
@@ -14,9 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from workbench.probes.kernels import Bins, Layout, Plan
+    from workbench.probes.bins import Bins
+    from workbench.probes.kernels import Plan
+    from workbench.probes.sampling import Layout
 
 BLOCK = 2048
+DEEP = 4
+"""Blocks that are added up without a look back: they are under way at once."""
+SOME = 256
 UNITS = 256
 FIELDS = tl.constexpr(9)
 MOMENTS = tl.constexpr(7)
@@ -26,8 +32,12 @@ SQRT2 = tl.constexpr(0x3504F3)
 _ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 
+# Jit functions have no types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+
 @triton.jit
-def _add(value, inside, total, square, seen, low, high):  # type: ignore[no-untyped-def]
+def _add(value, inside, total, square, seen, low, high):
     """A block's values to the running sums of each lane; zeros and non-finite elements are counted in one word."""
     wide = value.to(tl.float64)
     total += wide
@@ -38,8 +48,19 @@ def _add(value, inside, total, square, seen, low, high):  # type: ignore[no-unty
     return total, square, seen, low, high
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _record(x, out, into, count, units, inner, positions, rows, step, program, programs, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _reduced(total, square, seen, low, high):
+    """Of all lanes: sum, sum of squares, zeros, non-finite elements, smallest and largest, NaN where there is one."""
+    # A comparison with NaN is false, so the extremes are NaN exactly where a NaN was among the bad ones.
+    nan = tl.sum((low != low).to(tl.int32), 0) > 0
+    smallest = tl.where(nan, float("nan"), tl.min(tl.where(low != low, float("inf"), low), 0))
+    largest = tl.where(nan, float("nan"), tl.max(tl.where(high != high, float("-inf"), high), 0))
+    return tl.sum(total, 0), tl.sum(square, 0), tl.sum(seen & 65535, 0), tl.sum(seen >> 16, 0), smallest, largest
+
+
+@triton.jit
+def _carefully(x, count, program, programs, BLOCK: tl.constexpr):
+    """A program's share of all elements, whatever they are."""
     lanes = tl.arange(0, BLOCK)
     everywhere = lanes >= 0
     total = tl.zeros([BLOCK], tl.float64)
@@ -56,45 +77,136 @@ def _record(x, out, into, count, units, inner, positions, rows, step, program, p
         inside = place < count
         value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
         total, square, seen, low, high = _add(value, inside, total, square, seen, low, high)
+    return _reduced(total, square, seen, low, high)
 
-    # A comparison with NaN is false, so the extremes are NaN exactly where a NaN was among the bad ones.
-    nan = tl.sum((low != low).to(tl.int32), 0) > 0
-    smallest = tl.where(nan, float("nan"), tl.min(tl.where(low != low, float("inf"), low), 0))
-    largest = tl.where(nan, float("nan"), tl.max(tl.where(high != high, float("-inf"), high), 0))
-    tl.store(out + 1, tl.load(out + 1) + tl.sum(total, 0))
-    tl.store(out + 2, tl.load(out + 2) + tl.sum(square, 0))
-    tl.store(out + 3, tl.load(out + 3) + tl.sum(seen & 65535, 0).to(tl.float64))
-    tl.store(out + 4, tl.load(out + 4) + tl.sum(seen >> 16, 0).to(tl.float64))
-    tl.store(out + 5, tl.minimum(tl.load(out + 5), smallest.to(tl.float64), propagate_nan=_ALL))
-    tl.store(out + 6, tl.maximum(tl.load(out + 6), largest.to(tl.float64), propagate_nan=_ALL))
-    if program == 0:
-        tl.store(out, tl.load(out) + count.to(tl.float64))
-        tl.store(out + 7, units.to(tl.float64))
-        tl.store(out + 8, rows.to(tl.float64))
 
+@triton.jit
+def _quickly(x, count, program, programs, BLOCK: tl.constexpr, DEEP: tl.constexpr):
+    """The same with half the instructions, and whether it holds: not where there are NaN or infinities.
+
+    Numbers of 16 bits are added up in float32, DEEP at a time, then in float64: their squares are exact but for those too small
+    or too large, and of these, too, it says so.
+    """
+    lanes = tl.arange(0, BLOCK)
+    narrow: tl.constexpr = x.dtype.element_ty.primitive_bitwidth == 16
+    total = tl.zeros([BLOCK], tl.float64)
+    square = tl.zeros([BLOCK], tl.float64)
+    zeros = tl.zeros([BLOCK], tl.int32)
+    low = tl.full([BLOCK], float("inf"), tl.float32)
+    high = tl.full([BLOCK], float("-inf"), tl.float32)
+    whole = count // BLOCK
+    blocks = tl.maximum(whole - program + programs - 1, 0) // programs
+    deep = blocks // DEEP
+    for group in range(deep):
+        some = tl.zeros([BLOCK], tl.float32)
+        squared = tl.zeros([BLOCK], tl.float32)
+        for k in tl.static_range(DEEP):
+            value = tl.load(x + (((group * DEEP + k) * programs + program) * BLOCK + lanes)).to(tl.float32)
+            if narrow:
+                some += value
+                squared += value * value
+            else:
+                wide = value.to(tl.float64)
+                total += wide
+                square += wide * wide
+            zeros += (value == 0.0).to(tl.int32)
+            low = tl.minimum(low, value)
+            high = tl.maximum(high, value)
+        if narrow:
+            total += some.to(tl.float64)
+            square += squared.to(tl.float64)
+    for number in range(deep * DEEP, blocks):
+        value = tl.load(x + ((number * programs + program) * BLOCK + lanes)).to(tl.float32)
+        wide = value.to(tl.float64)
+        total += wide
+        square += wide * wide
+        zeros += (value == 0.0).to(tl.int32)
+        low = tl.minimum(low, value)
+        high = tl.maximum(high, value)
+    seen = blocks * BLOCK
+    if whole % programs == program:
+        place = whole * BLOCK + lanes
+        inside = place < count
+        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        wide = value.to(tl.float64)
+        total += wide
+        square += wide * wide
+        zeros += ((value == 0.0) & inside).to(tl.int32)
+        low = tl.minimum(low, tl.where(inside, value, float("inf")))
+        high = tl.maximum(high, tl.where(inside, value, float("-inf")))
+        seen += count - whole * BLOCK
+    none = tl.sum(zeros, 0)
+    squares = tl.sum(square, 0)
+    holds = squares < float("inf")
+    if narrow:
+        # A square below float32's smallest normal number, 2^-126, is off by 2^-150 at most.
+        holds = holds & ((squares >= seen.to(tl.float64) * 2.0**-125) | (none == seen))
+    return tl.sum(total, 0), squares, none, tl.min(low, 0), tl.max(high, 0), holds
+
+
+@triton.jit
+def _record(
+    x, out, into, count, units, inner, positions, rows, step, program, programs,
+    EXACT: tl.constexpr, BLOCK: tl.constexpr, DEEP: tl.constexpr, SOME: tl.constexpr,
+):  # fmt: skip
+    """A program's share of a tensor: moments of all elements, or of the sample; the sample."""
     taken = rows * units
-    some = tl.arange(0, 256)
-    for start in range(program * 256, taken, programs * 256):
-        element = start + some
+    if EXACT:
+        total, square, zeros, smallest, largest, holds = _quickly(x, count, program, programs, BLOCK, DEEP)
+        broken = zeros * 0
+        if not holds:
+            total, square, zeros, broken, smallest, largest = _carefully(x, count, program, programs, BLOCK)
+    lanes = tl.arange(0, SOME)
+    sums = tl.zeros([SOME], tl.float64)
+    squares = tl.zeros([SOME], tl.float64)
+    seen = tl.zeros([SOME], tl.int32)
+    low = tl.full([SOME], float("inf"), tl.float32)
+    high = tl.full([SOME], float("-inf"), tl.float32)
+    for start in range(program * SOME, taken, programs * SOME):
+        element = start + lanes
         inside = element < taken
         position = (element // units) * step % positions
         place = position // inner * (units * inner) + element % units * inner + position % inner
-        tl.store(into + element, tl.load(x + place, mask=inside, other=0.0).to(tl.float32), mask=inside)
+        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(into + element, value, mask=inside)
+        if not EXACT:
+            sums, squares, seen, low, high = _add(value, inside, sums, squares, seen, low, high)
+    if not EXACT:
+        total, square, zeros, broken, smallest, largest = _reduced(sums, squares, seen, low, high)
+    tl.store(out + 1, tl.load(out + 1) + total)
+    tl.store(out + 2, tl.load(out + 2) + square)
+    tl.store(out + 3, tl.load(out + 3) + zeros.to(tl.float64))
+    tl.store(out + 4, tl.load(out + 4) + broken.to(tl.float64))
+    tl.store(out + 5, tl.minimum(tl.load(out + 5), smallest.to(tl.float64), propagate_nan=_ALL))
+    tl.store(out + 6, tl.maximum(tl.load(out + 6), largest.to(tl.float64), propagate_nan=_ALL))
+    if program == 0:
+        added = count
+        if not EXACT:
+            added = taken
+        tl.store(out, tl.load(out) + added.to(tl.float64))
+        tl.store(out + 7, units.to(tl.float64))
+        tl.store(out + 8, rows.to(tl.float64))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _one(x, out, into, count, units, inner, positions, rows, step, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _one(
+    x, out, into, count, units, inner, positions, rows, step,
+    EXACT: tl.constexpr, BLOCK: tl.constexpr, DEEP: tl.constexpr, SOME: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
     wide = tl.zeros([], tl.int64)
     _record(
         x, out + program * FIELDS, into, count + wide, units + wide, inner + wide, positions + wide, rows + wide, step + wide,
-        program, programs, BLOCK,
+        program, programs, EXACT, BLOCK, DEEP, SOME,
     )  # fmt: skip
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _many(base, offsets, layouts, work, partials, samples, PROGRAMS, SAMPLE, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _many(
+    base, offsets, layouts, work, partials, samples, PROGRAMS, SAMPLE,
+    EXACT: tl.constexpr, BLOCK: tl.constexpr, DEEP: tl.constexpr, SOME: tl.constexpr,
+):  # fmt: skip
     tensor = tl.load(work + 2 * tl.program_id(0)).to(tl.int64)
     program = tl.load(work + 2 * tl.program_id(0) + 1).to(tl.int64)
     layout = layouts + tensor * 8
@@ -102,34 +214,39 @@ def _many(base, offsets, layouts, work, partials, samples, PROGRAMS, SAMPLE, BLO
     x = base + tl.multiple_of(tl.load(offsets + tensor), 8)
     _record(
         x, partials + (row * PROGRAMS + program) * FIELDS, samples + row * SAMPLE, tl.load(layout + 2), tl.load(layout + 3),
-        tl.load(layout + 4), tl.load(layout + 5), tl.load(layout + 6), tl.load(layout + 7), program, tl.load(layout + 1), BLOCK,
+        tl.load(layout + 4), tl.load(layout + 5), tl.load(layout + 6), tl.load(layout + 7), program, tl.load(layout + 1),
+        EXACT, BLOCK, DEEP, SOME,
     )  # fmt: skip
 
 
-def record(flat: Tensor, layout: Layout, partials: Tensor, samples: Tensor) -> None:
-    """Add ``flat`` [count] to the partial results [programs, FIELDS] of its row, and put its sample in ``samples``."""
-    grid = (min(partials.shape[0], triton.cdiv(layout.count, BLOCK)),)
+def record(flat: Tensor, layout: Layout, partials: Tensor, samples: Tensor, *, exact: bool = True) -> None:
+    """Add ``flat`` [count] to the partial results [programs, FIELDS] of its row, and put its sample in ``samples``.
+
+    Args:
+        exact: moments are of all elements; else of the sample, which alone is read then.
+    """
+    work = triton.cdiv(layout.count, BLOCK) if exact else triton.cdiv(layout.rows * layout.units, SOME)
     with torch.cuda.device_of(flat):  # Triton takes the present device, whatever the tensors are on
-        _one[grid](
+        _one[(min(partials.shape[0], work),)](
             flat, partials, samples, layout.count, layout.units, layout.inner, layout.positions, layout.rows, layout.step,
-            BLOCK=BLOCK, num_warps=8,
+            EXACT=exact, BLOCK=BLOCK, DEEP=DEEP, SOME=SOME, num_warps=8 if exact else 4,
         )  # fmt: skip
 
 
-def record_all(plan: Plan, values: Sequence[Tensor], partials: Tensor, samples: Tensor) -> None:
-    """The same for several tensors of one type."""
+def record_all(plan: Plan, values: Sequence[Tensor], partials: Tensor, samples: Tensor, *, exact: bool = True) -> None:
+    """The same for several tensors of one type; ``exact`` as the plan is."""
     with torch.cuda.device_of(partials):
         _many[(plan.work.shape[0],)](
             plan.base, plan.offsets(values), plan.layouts, plan.work, partials, samples, partials.shape[1], samples.shape[1],
-            BLOCK=BLOCK, num_warps=8,
+            EXACT=exact, BLOCK=BLOCK, DEEP=DEEP, SOME=SOME, num_warps=8,
         )  # fmt: skip
 
 
 # -- what was found -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _bin(value, LOW: tl.constexpr, STEPS: tl.constexpr, HALVES: tl.constexpr, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _bin(value, LOW: tl.constexpr, STEPS: tl.constexpr, HALVES: tl.constexpr, SIGNED: tl.constexpr):
     """See :meth:`workbench.probes.kernels.Bins.place`."""
     bits = value.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
@@ -146,8 +263,8 @@ def _bin(value, LOW: tl.constexpr, STEPS: tl.constexpr, HALVES: tl.constexpr, SI
     return step, magnitude <= 0x7F800000
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _finish(  # type: ignore[no-untyped-def]
+@triton.jit
+def _finish(
     partials, samples, limits, runs, out, SAMPLE, COUNT: tl.constexpr, LOW: tl.constexpr, STEPS: tl.constexpr,
     HALVES: tl.constexpr, SIGNED: tl.constexpr, WATCH: tl.constexpr, PROGRAMS: tl.constexpr, SPACE: tl.constexpr,
     CHUNK: tl.constexpr, UNITS: tl.constexpr,
@@ -226,8 +343,8 @@ def finish(partials: Tensor, samples: Tensor, bins: Bins, limits: Tensor, runs: 
 # -- what an update changed ------------------------------------------------------------------------------------------------
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _change(base, offsets, layouts, samples, out, SAMPLE, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _change(base, offsets, layouts, samples, out, SAMPLE, BLOCK: tl.constexpr):
     tensor = tl.program_id(0).to(tl.int64)
     layout = layouts + tensor * 8
     row = tl.load(layout)
