@@ -1,6 +1,6 @@
 """What the Inspector's readings cost a training step, beside other ways of looking at every layer on every step.
 
-    python -m tests.bench.inspector [--jobs bert resnet18 resnet50] [--modes eager captured] [--out FILE]
+    python -m tests.bench.inspector [--jobs bert resnet18 resnet50] [--modes eager captured] [--ways sampled] [--out FILE]
 
 The jobs of ``tests.bench.training``: one batch that never changes, forward, backward and update in bf16. Of each mode the step
 unread and read take turns, in blocks of steps; figures are medians of the blocks.
@@ -175,6 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--modes", nargs="+", choices=("eager", "captured"), default=["captured", "eager"])
+    parser.add_argument("--ways", nargs="+", choices=[way[0] for way in WAYS], default=[way[0] for way in WAYS])
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -193,7 +194,7 @@ def main() -> None:
 
     for job in (JOBS[name]() for name in arguments.jobs):
         for mode in arguments.modes:
-            for name, kinds, moments in WAYS:
+            for name, kinds, moments in (way for way in WAYS if way[0] in arguments.ways):
                 torch._dynamo.reset()
                 torch.manual_seed(0)
                 step = Step(job, mode == "captured", lambda net, kinds=kinds, moments=moments: probe_set(net, kinds, moments)[0])
