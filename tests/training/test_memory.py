@@ -31,6 +31,7 @@ from workbench.training.economy import check_memory
 from workbench.training.offload import ActivationOffload, offload_state
 from workbench.training.session import in_words
 
+pytestmark = pytest.mark.usefixtures("forked")
 CPU = torch.device("cpu")
 RESIDUAL = f"{Path(__file__).with_name('blocks.py')}:residual"
 PREDICTED = 0.02
