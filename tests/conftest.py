@@ -31,8 +31,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start many processes go first: begun last, they would keep one worker busy long after the others are done."""
-    items.sort(key=lambda item: Path(item.path).parent.name != "training")
+    """Files that take long go first: begun last, one would keep a worker busy long after the others are done."""
+    long = {item.path for item in items if item.path.parent.name == "training" or item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(autouse=True)
