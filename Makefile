@@ -41,9 +41,10 @@ demo: $(INSTALLED)  ## train, prune, quantize and compare: runs the quickstart n
 		print(*(o.text for o in cell.outputs if o.output_type == 'stream'), sep='', end='')"
 	@echo "The executed notebook: $(OUT)/demo/01_quickstart.ipynb"
 
-test: $(INSTALLED) $(BROWSER)  ## every test, then every tutorial notebook and the panels in a browser
+# The first tutorial is run by tests/notebooks, as a file.
+test: $(INSTALLED) $(BROWSER)  ## every test, then the tutorial notebooks and the panels in a browser
 	$(BIN)/python -m pytest -m "not ui" $(WORKERS)
-	WORKBENCH_RUNS="$(CURDIR)/$(OUT)/test/runs" $(BIN)/python -m pytest $(WORKERS) \
+	WORKBENCH_RUNS="$(CURDIR)/$(OUT)/test/runs" $(BIN)/python -m pytest $(WORKERS) --ignore $(QUICKSTART) \
 		--nbval-lax --nbval-current-env --nbval-cell-timeout=300 --timeout=600 notebooks/tutorials tests/ui
 
 browser: $(BROWSER)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from workbench import Run, TrainConfig, launcher
-
-sys.path.insert(0, str(Path(__file__).parent))
-from forked import Nursery
+from workbench import Run, TrainConfig
 
 NET = Path(__file__).with_name("net.py")
 
@@ -89,25 +85,3 @@ def wait_until(condition: Callable[[], Any], seconds: float = 60, tick: float = 
 @pytest.fixture(scope="session")
 def until() -> Callable[..., Any]:
     return wait_until
-
-
-@pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
-    made = Nursery()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def forked(nursery: Nursery) -> Iterator[None]:
-    """Whatever the tests of this module launch is forked from a process that has imported the engine."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launcher, "subprocess", nursery)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _no_fork_outlives_its_test(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    if "nursery" in request.fixturenames:
-        request.getfixturevalue("nursery").clear()

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import Nursery
 
+from tests.forked import Nursery
 from workbench import Run, TrainConfig, events, launch, launcher, train
 from workbench.launcher import Attempt
 
