@@ -126,11 +126,11 @@ class Nursery:
                 if child.poll() is None:
                     os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-            child.link.close()
-        self.born = []
 
     def close(self) -> None:
         self.clear()
+        for child in self.born:  # only now: some thread may still be about to look
+            child.link.close()
         self.control.close()
         self.process.wait()
 
