@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before anything imports torch: small models on few cores, and the same number of threads in every process of a test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +23,9 @@ import hypothesis
 import psutil
 import pytest
 
+if TYPE_CHECKING:
+    from tests.forked import Nursery
+
 # How long an example takes says more of the machine's other work than of the code.
 hypothesis.settings.register_profile("any pace", deadline=None)
 hypothesis.settings.load_profile("any pace")
@@ -31,8 +35,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start many processes go first: begun last, they would keep one worker busy long after the others are done."""
-    items.sort(key=lambda item: Path(item.path).parent.name != "training")
+    """Files that take long go first: begun last, one would keep a worker busy long after the others are done."""
+    long = {item.path for item in items if item.path.parent.name == "training" or item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +58,29 @@ def _no_worker_outlives_its_test() -> Iterator[None]:
     if "workbench.launcher" in sys.modules:
         for child in sys.modules["workbench.launcher"]._children.values():
             child.poll()
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    from tests.forked import Nursery
+
+    made = Nursery()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def forked(nursery: Nursery) -> Iterator[None]:
+    """Whatever the tests of this module launch is forked from a process that has imported the engine."""
+    from workbench import launcher
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "subprocess", nursery)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_fork_outlives_its_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "nursery" in request.fixturenames:
+        request.getfixturevalue("nursery").clear()

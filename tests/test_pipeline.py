@@ -186,7 +186,7 @@ def test_a_killed_pipeline_goes_on_inside_its_training(folder: Path) -> None:
         """
 stages:
   - {name: add, notebook: add.ipynb}
-  - {name: train, notebook: train.ipynb, parameters: {epochs: 60, number: "${add.sum}"}}
+  - {name: train, notebook: train.ipynb, parameters: {epochs: 30, number: "${add.sum}"}}
 """
     )
     config, stages = PipelineConfig.from_yaml(folder / "train.yaml"), folder / "out" / "train"

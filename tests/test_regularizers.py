@@ -14,6 +14,8 @@ from workbench import TrainConfig, launch, train
 from workbench.errors import ConfigError, ModelError
 from workbench.regularizers import group_lasso, l1, orthogonal, slimming
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 def model() -> nn.Sequential:
     torch.manual_seed(0)

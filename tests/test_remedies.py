@@ -15,6 +15,7 @@ from workbench.errors import NonFiniteLoss, RunError
 from workbench.events import CommandApplied, Finding
 from workbench.training import carry_out
 
+pytestmark = pytest.mark.usefixtures("forked")
 SMALL = TrainConfig(data={"name": "digits", "batch_size": 64}, model={"name": "mlp"}, device="cpu", precision="fp32", log_every=2)
 SLOW = SMALL.override({"optim.lr": 1e-6, "epochs": 9, "checkpoint.every_epochs": 3})
 

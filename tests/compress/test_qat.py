@@ -22,7 +22,7 @@ from workbench.compress.qat import LearnedRange, RoundsWeight, plain_copy
 from workbench.errors import ArtefactError, ConfigError, ModelError
 from workbench.models import ModelConfig, build_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"), pytest.mark.usefixtures("forked")]
 
 NETS = Path(__file__).with_name("nets.py")
 QAT = QuantConfig(mode="qat")

@@ -10,10 +10,6 @@ import torch
 from workbench.attribution import METHODS, AttributionConfig, explain, explain_layers, most_wrong
 from workbench.models import ModelConfig, build_model
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
 CONFIG = AttributionConfig(draws=4, steps=8, batch_size=4)
 LSTM = ModelConfig(name="lstm", num_classes=3, args={"vocab_size": 30, "embedding": 8, "width": 8})
 

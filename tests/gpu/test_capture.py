@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import nn
 
 from workbench.compress import compiled
 from workbench.compress.capture import Captured
 from workbench.compress.latency import latency_of
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
 
 
 def test_each_shape_and_layout_has_its_graph_and_outputs_stay_as_they_were() -> None:

@@ -27,12 +27,6 @@ from workbench.training.parallel import Parallel
 
 TRAINING = Path(__file__).parents[1] / "training"
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
-two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two CUDA devices")
-
 
 @pytest.mark.parametrize("within", [False, True])
 def test_a_step_is_timed_without_waiting_for_the_device(within: bool) -> None:
@@ -61,7 +55,7 @@ def test_a_step_is_timed_without_waiting_for_the_device(within: bool) -> None:
         assert 1e-4 < timing.busy < 1 and 0 <= timing.exposed < timing.busy and timing.payload == 4
 
 
-@two
+@pytest.mark.gpu(2)
 def test_each_exchange_is_as_near_the_mean_over_nccl_as_over_gloo(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     more = {"EXCHANGE_DEVICE": "cuda", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -86,7 +80,7 @@ def test_each_exchange_is_as_near_the_mean_over_nccl_as_over_gloo(tmp_path: Path
         assert rank["measured"]["unchanged"] and rank["measured"]["reused"]
 
 
-@two
+@pytest.mark.gpu(2)
 def test_shares_follow_speed_on_two_gpus(tmp_path: Path) -> None:
     """Rank 1 computes everything eight times; losses are those of one process, and step times are read."""
     config = TrainConfig(

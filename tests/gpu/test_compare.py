@@ -11,7 +11,6 @@ from workbench.comparison import CompareConfig
 from workbench.errors import ConfigError
 from workbench.models import ModelConfig, build_model
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 QUICK = CompareConfig(rounds=5, batch_sizes=[1, 16], attributions=2)
 
 

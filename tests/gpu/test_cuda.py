@@ -17,31 +17,6 @@ from workbench.models.resnet import ResNet
 from workbench.optim import AdamW, AdaptiveGradientClipper
 from workbench.probes import PROBES, Probe, ProbeConfig, ProbeSet, StepContext
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
-two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two CUDA devices")
-
-NET = Path(__file__).resolve().parents[1] / "training" / "net.py"
-
-
-def small(**changes: Any) -> TrainConfig:
-    base = TrainConfig(
-        data={"name": "digits", "limit": 256, "batch_size": 32, "augment": ("shift", "flip", "cutout")},
-        model={"name": f"{NET}:net"},
-        optim={"name": "adamw", "lr": 5e-3},
-        clip={"mode": "dynamic", "max_norm": 0.5},
-        epochs=3,
-        device="cuda",
-        precision="fp32",
-        deterministic=True,
-        log_every=3,
-        checkpoint={"every_epochs": 0},
-        probes={"gradients": {"every": 4}, "activations": {"every": 4}, "memory": {"every": 4}},
-    )
-    return base.override({name.replace("__", "."): value for name, value in changes.items()})
-
 
 def same(one: Run, other: Run) -> None:
     for column in ("step", "loss", "lr", "val_loss"):
@@ -125,34 +100,36 @@ def test_nonfinite_numbers_are_counted() -> None:
     assert list(table["nonfinite"]) == [7, 28]
 
 
-def test_a_run_resumes_bit_for_bit() -> None:
+def test_a_run_resumes_bit_for_bit(config: Callable[..., TrainConfig]) -> None:
     """Dropout, augmentation, dynamic clipping; killed in words, by a stop within an epoch."""
-    whole = train(small()).run
-    stopped = train(small(), replay=[(11, "stop", {})]).run
+    whole = train(config()).run
+    stopped = train(config(), replay=[(11, "stop", {})]).run
     assert stopped.status == "stopped"
     same(stopped.resume().wait(timeout=300), whole)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_gives_the_batches_of_the_device(workers: int) -> None:
+def test_a_loader_gives_the_batches_of_the_device(workers: int, config: Callable[..., TrainConfig]) -> None:
     same(
-        train(small(data__placement="loader", data__workers=workers)).run,
-        train(small(data__placement="loader", data__workers=1)).run,
+        train(config(data__placement="loader", data__workers=workers)).run,
+        train(config(data__placement="loader", data__workers=1)).run,
     )
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("tf32", 2e-2), ("bf16", 8e-2), ("fp16", 5e-2)])
-def test_lower_precision_has_the_losses_of_full_precision_within_its_tolerance(precision: str, tolerance: float) -> None:
-    full = train(small(model__args={"dropout": 0.0})).run.history["loss"]
-    lower = train(small(model__args={"dropout": 0.0}, precision=precision)).run.history["loss"]
+def test_lower_precision_has_the_losses_of_full_precision_within_its_tolerance(
+    precision: str, tolerance: float, config: Callable[..., TrainConfig]
+) -> None:
+    full = train(config(model__args={"dropout": 0.0})).run.history["loss"]
+    lower = train(config(model__args={"dropout": 0.0}, precision=precision)).run.history["loss"]
     difference = float(np.abs(full - lower).max())
     print(f"{precision}: {difference:.1e}")
     assert difference < tolerance
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_a_compiled_run_has_the_losses_of_the_eager_one(mode: str) -> None:
-    chosen = small(model__args={"dropout": 0.0}, deterministic=False)
+def test_a_compiled_run_has_the_losses_of_the_eager_one(mode: str, config: Callable[..., TrainConfig]) -> None:
+    chosen = config(model__args={"dropout": 0.0}, deterministic=False)
     eager, compiled = train(chosen).run, train(chosen.override({"compile": mode})).run
     assert float(np.abs(eager.history["loss"] - compiled.history["loss"]).max()) < 1e-3
     one, two = eager.readings("activations"), compiled.readings("activations")
@@ -160,25 +137,25 @@ def test_a_compiled_run_has_the_losses_of_the_eager_one(mode: str) -> None:
     np.testing.assert_allclose(two["mean"], one["mean"], atol=1e-2)
 
 
-def test_probes_do_not_change_what_is_trained() -> None:
+def test_probes_do_not_change_what_is_trained(config: Callable[..., TrainConfig]) -> None:
     off = {f"probes__{kind}__every": 0 for kind in ("gradients", "activations", "memory")}
-    same(train(small(**off)).run, train(small(probes__gradients__every=1, probes__activations__every=1)).run)
+    same(train(config(**off)).run, train(config(probes__gradients__every=1, probes__activations__every=1)).run)
 
 
-def test_memory_is_the_allocators_own() -> None:
-    run = train(small()).run
+def test_memory_is_the_allocators_own(config: Callable[..., TrainConfig]) -> None:
+    run = train(config()).run
     memory = run.readings("memory")
     assert (memory["allocated"] <= memory["peak"]).all() and (memory["peak"] <= memory["total"]).all()
     assert memory["total"].iloc[0] == torch.cuda.get_device_properties(0).total_memory
     assert memory["allocated"].iloc[-1] <= torch.cuda.max_memory_allocated()
 
 
-def test_switches_and_generators_are_given_back() -> None:
+def test_switches_and_generators_are_given_back(config: Callable[..., TrainConfig]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.cuda.manual_seed(3)
     expected = torch.rand(4, device="cuda")
     torch.cuda.manual_seed(3)
-    train(small(precision="fp32", epochs=1))
+    train(config(precision="fp32", epochs=1))
     assert torch.equal(torch.rand(4, device="cuda"), expected)
     assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
     assert not torch.are_deterministic_algorithms_enabled()
@@ -210,14 +187,14 @@ def test_fused_and_scaled_steps_are_clipped_as_plain_ones(mode: Any) -> None:
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
-def test_a_batch_that_does_not_fit_becomes_advice() -> None:
+def test_a_batch_that_does_not_fit_becomes_advice(config: Callable[..., TrainConfig]) -> None:
     from workbench.errors import MemoryExhausted
 
     torch.cuda.set_per_process_memory_fraction(0.02)
     try:
         with pytest.raises(MemoryExhausted, match=r"Out of memory with data.batch_size=1024.*accumulate=2.*data.batch_size=512"):
             train(
-                small(
+                config(
                     data={"name": "digits", "batch_size": 1024},
                     model={"name": "mlp", "args": {"widths": [120_000, 600]}},
                     deterministic=False,
@@ -228,7 +205,7 @@ def test_a_batch_that_does_not_fit_becomes_advice() -> None:
         torch.cuda.empty_cache()
 
 
-def test_an_operation_that_cannot_repeat_is_named(tmp_path: Path) -> None:
+def test_an_operation_that_cannot_repeat_is_named(tmp_path: Path, config: Callable[..., TrainConfig]) -> None:
     from workbench.errors import DeviceError
 
     source = tmp_path / "pooled.py"
@@ -238,26 +215,26 @@ def test_an_operation_that_cannot_repeat_is_named(tmp_path: Path) -> None:
         "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, num_classes))\n"
     )
     with pytest.raises(DeviceError, match=r"deterministic=true, but adaptive_avg_pool2d_backward_cuda"):
-        train(small(model={"name": f"{source}:pooled"}))
+        train(config(model={"name": f"{source}:pooled"}))
 
 
-def test_a_label_out_of_range_is_named_before_it_reaches_the_device() -> None:
+def test_a_label_out_of_range_is_named_before_it_reaches_the_device(config: Callable[..., TrainConfig]) -> None:
     from workbench.errors import ModelError
 
     with pytest.raises(ModelError, match="3 outputs, but the data has the label"):
-        train(small(model__num_classes=3))
+        train(config(model__num_classes=3))
     assert torch.ones(1, device="cuda").item() == 1.0  # the device is still of use
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return launch(small(model__args={"dropout": 0.0}), root=tmp_path_factory.mktemp("one")).wait(timeout=300)
+def one_rank(tmp_path_factory: pytest.TempPathFactory, config: Callable[..., TrainConfig]) -> Run:
+    return launch(config(model__args={"dropout": 0.0}), root=tmp_path_factory.mktemp("one")).wait(timeout=300)
 
 
-@two_devices
+@pytest.mark.gpu(2)
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_ranks_on_nccl_have_the_losses_of_one(accumulate: int, one_rank: Run) -> None:
-    run = launch(small(model__args={"dropout": 0.0}, accumulate=accumulate), nproc=2).wait(timeout=300)
+def test_two_ranks_on_nccl_have_the_losses_of_one(accumulate: int, one_rank: Run, config: Callable[..., TrainConfig]) -> None:
+    run = launch(config(model__args={"dropout": 0.0}, accumulate=accumulate), nproc=2).wait(timeout=300)
     difference = float(np.abs(run.history["loss"] - one_rank.history["loss"]).max())
     print(f"2 ranks, accumulate={accumulate}: {difference:.1e}")
     assert difference < 1e-5
@@ -267,10 +244,12 @@ def test_two_ranks_on_nccl_have_the_losses_of_one(accumulate: int, one_rank: Run
         np.testing.assert_allclose(mine["norm"], one["norm"], rtol=2e-3)
 
 
-@two_devices
+@pytest.mark.gpu(2)
 @pytest.mark.parametrize("changes", [{}, {"accumulate": 2, "ema": 0.9}, {"compile": "default", "deterministic": False}])
-def test_a_model_spread_over_two_ranks_has_the_losses_of_one(changes: dict[str, Any], one_rank: Run) -> None:
-    run = launch(small(**{"model.args": {"dropout": 0.0}, "mesh": {"shard": 2}} | changes), nproc=2).wait(timeout=300)
+def test_a_model_spread_over_two_ranks_has_the_losses_of_one(
+    changes: dict[str, Any], one_rank: Run, config: Callable[..., TrainConfig]
+) -> None:
+    run = launch(config(**{"model.args": {"dropout": 0.0}, "mesh": {"shard": 2}} | changes), nproc=2).wait(timeout=300)
     difference = float(np.abs(run.history["loss"] - one_rank.history["loss"]).max())
     print(f"2 shards, {changes}: {difference:.1e}")
     assert difference < (1e-3 if "compile" in changes else 1e-5)
@@ -282,26 +261,26 @@ def test_a_model_spread_over_two_ranks_has_the_losses_of_one(changes: dict[str, 
         )
 
 
-@two_devices
-def test_shards_refuse_a_scaled_loss() -> None:
-    run = launch(small(mesh={"shard": 2}, precision="fp16"), nproc=2).wait(timeout=300, check=False)
+@pytest.mark.gpu(2)
+def test_shards_refuse_a_scaled_loss(config: Callable[..., TrainConfig]) -> None:
+    run = launch(config(mesh={"shard": 2}, precision="fp16"), nproc=2).wait(timeout=300, check=False)
     assert run.status == "failed" and "replicate the model" in str(run.error)
 
 
-@two_devices
-def test_a_checkpoint_of_shards_opens_on_one_gpu(one_rank: Run, tmp_path: Path) -> None:
-    spread = small(**{"model.args": {"dropout": 0.0}, "mesh": {"shard": 2}})
+@pytest.mark.gpu(2)
+def test_a_checkpoint_of_shards_opens_on_one_gpu(one_rank: Run, tmp_path: Path, config: Callable[..., TrainConfig]) -> None:
+    spread = config(**{"model.args": {"dropout": 0.0}, "mesh": {"shard": 2}})
     run = launch(spread, nproc=2, root=tmp_path, replay=[(13, "stop", {})]).wait(timeout=300)
     assert run.status == "stopped"
     run.resume(1, mesh={}).wait(timeout=300)
     assert float(np.abs(run.history["loss"] - one_rank.history["loss"]).max()) < 1e-5
 
 
-@two_devices
+@pytest.mark.gpu(2)
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_two_compiled_ranks_have_the_losses_and_readings_of_eager_ones(mode: str) -> None:
+def test_two_compiled_ranks_have_the_losses_and_readings_of_eager_ones(mode: str, config: Callable[..., TrainConfig]) -> None:
     """The compiled (captured) graph lies within DistributedDataParallel, the probes' operators within the graph."""
-    chosen = small(model__args={"dropout": 0.0}, deterministic=False, epochs=4)
+    chosen = config(model__args={"dropout": 0.0}, deterministic=False, epochs=4)
     eager, compiled = (launch(c, nproc=2).wait(timeout=300) for c in (chosen, chosen.override({"compile": mode})))
     difference = float(np.abs(eager.history["loss"] - compiled.history["loss"]).max())
     print(f"2 ranks, {mode}: {difference:.1e}")
@@ -313,10 +292,10 @@ def test_two_compiled_ranks_have_the_losses_and_readings_of_eager_ones(mode: str
         np.testing.assert_allclose(two[column], one[column], rtol=2e-2, atol=1e-4)
 
 
-@two_devices
-def test_two_ranks_on_nccl_obey_and_resume_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.gpu(2)
+def test_two_ranks_on_nccl_obey_and_resume_bit_for_bit(tmp_path: Path, config: Callable[..., TrainConfig]) -> None:
     wait: Callable[[Run], Run] = lambda run: run.wait(timeout=300)  # noqa: E731
-    whole = wait(launch(small(), nproc=2, root=tmp_path, replay=[(9, "set", {"lr": 1e-3})]))
-    parted = wait(launch(small(), nproc=2, root=tmp_path, replay=[(9, "set", {"lr": 1e-3}), (13, "stop", {})]))
+    whole = wait(launch(config(), nproc=2, root=tmp_path, replay=[(9, "set", {"lr": 1e-3})]))
+    parted = wait(launch(config(), nproc=2, root=tmp_path, replay=[(9, "set", {"lr": 1e-3}), (13, "stop", {})]))
     assert parted.status == "stopped"
     same(wait(parted.resume()), whole)

@@ -6,14 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from workbench import TrainConfig, findings_of, train
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
 
 FAULTS = Path(__file__).parents[1] / "bench" / "faults.py"
 

@@ -23,14 +23,9 @@ from workbench.training.objective import Objective
 from workbench.training.trial import Trial
 
 CUDA = torch.device("cuda")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
 eight = pytest.mark.skipif(
     not torch.cuda.is_available() or fp8.lacking(CUDA) is not None, reason="there is no GPU with FP8 arithmetic"
 )
-two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two CUDA devices")
 
 NET = Path(__file__).resolve().parents[1] / "training" / "net.py"
 LAYERS = ["attn.qkv", "mlp.fc1", "mlp.fc2"]
@@ -167,7 +162,7 @@ def test_compiled_steps_are_measured_in_both(worth: float, chosen: str, monkeypa
 
 
 @eight
-@two_devices
+@pytest.mark.gpu(2)
 @pytest.mark.parametrize("changes", [{}, {"compile": "default"}, {"mesh": {"shard": 2}}])
 def test_two_ranks_follow_one(changes: dict[str, Any]) -> None:
     """Each rank scales by the largest numbers of its own samples."""

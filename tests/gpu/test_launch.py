@@ -13,10 +13,6 @@ import torch
 from workbench import Run, TrainConfig, launch, launcher, train
 from workbench.errors import WorkbenchError
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
 CONFIG = TrainConfig(
     data={"name": "digits", "batch_size": 64, "limit": 512},
     model={"name": "resnet20", "args": {"width": 64}},

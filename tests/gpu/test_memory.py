@@ -20,10 +20,6 @@ from workbench.models import ModelConfig, build_model
 from workbench.training.checkpointing import recompute_blocks
 from workbench.training.offload import ActivationOffload, offload_state
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
 RESIDUAL = f"{Path(__file__).resolve().parents[1] / 'training' / 'blocks.py'}:residual"
 CUDA = torch.device("cuda")
 BERT = {"width": 256, "layers": 6, "heads": 4, "vocab_size": 1000}

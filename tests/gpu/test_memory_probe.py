@@ -24,11 +24,6 @@ from workbench.probes.memory import COMPILED, LAYERS, MemoryProbe
 from workbench.snapshots import convert, read_snapshot
 from workbench.training.checkpointing import recompute_blocks
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
-two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two CUDA devices")
 RESIDUAL = f"{Path(__file__).resolve().parents[1] / 'training' / 'blocks.py'}:residual"
 BERT = {"width": 256, "layers": 4, "heads": 4, "vocab_size": 1000}
 
@@ -164,7 +159,7 @@ def test_a_run_tells_what_holds_its_memory(mode: str, tmp_path: Path) -> None:
     assert layers["parameters"].sum() == last["parameters"] and layers["optimizer"].sum() == last["optimizer"]
 
 
-@two_devices
+@pytest.mark.gpu(2)
 @pytest.mark.parametrize("mode", ["off", "default"])
 @pytest.mark.parametrize("mesh", [{}, {"shard": "all"}])
 def test_two_ranks_count_their_own_parts(mesh: dict[str, Any], mode: str, tmp_path: Path) -> None:

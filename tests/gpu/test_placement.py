@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,53 +23,33 @@ from workbench.placement import place, return_output
 from workbench.probes import PROBES, Probe, ProbeConfig, ProbeSet, StepContext
 from workbench.training.average import WeightAverage
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
-two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two CUDA devices")
-
 TRAINING = Path(__file__).resolve().parents[1] / "training"
-NET, BLOCKS = TRAINING / "net.py", TRAINING / "blocks.py"
+BLOCKS = TRAINING / "blocks.py"
 CUDA = torch.device("cuda", 0)
 MIXED = {"1": "cpu", "7": "cuda:0"}
-PLACES = [pytest.param(MIXED, id="cpu"), pytest.param({"1": "cuda:1", "7": "cuda:0"}, id="cuda", marks=two_devices)]
+PLACES = [pytest.param(MIXED, id="cpu"), pytest.param({"1": "cuda:1", "7": "cuda:0"}, id="cuda", marks=pytest.mark.gpu(2))]
 """Convolution, normalization and pooling of the small net elsewhere, its input and its last layer on the run's device."""
-ELSEWHERE = [pytest.param("cpu", id="cpu"), pytest.param("cuda:1", id="cuda", marks=two_devices)]
-GPUS = [pytest.param("cuda:0", id="one"), pytest.param("cuda:1", id="two", marks=two_devices)]
-
-
-def small(**changes: Any) -> TrainConfig:
-    base = TrainConfig(
-        data={"name": "digits", "limit": 256, "batch_size": 32, "augment": ("shift", "flip", "cutout")},
-        model={"name": f"{NET}:net", "args": {"dropout": 0.0}},
-        optim={"name": "sgd", "lr": 0.05},
-        clip={"mode": "dynamic", "max_norm": 0.5},
-        ema=0.9,
-        epochs=3,
-        device="cuda",
-        precision="fp32",
-        deterministic=True,
-        log_every=3,
-        checkpoint={"every_epochs": 0},
-        probes={"gradients": {"every": 4}, "activations": {"every": 4}, "memory": {"every": 4}},
-    )
-    return base.override({name.replace("__", "."): value for name, value in changes.items()})
-
-
-def furthest(one: Run, other: Run) -> float:
-    assert len(one.history) == len(other.history)
-    return float(np.abs(one.history["loss"] - other.history["loss"]).max())
+ELSEWHERE = [pytest.param("cpu", id="cpu"), pytest.param("cuda:1", id="cuda", marks=pytest.mark.gpu(2))]
+GPUS = [pytest.param("cuda:0", id="one"), pytest.param("cuda:1", id="two", marks=pytest.mark.gpu(2))]
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(small(), root=tmp_path_factory.mktemp("one")).run
+def given(config: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]:
+    """A config without dropout, whose numbers each device draws for itself."""
+    base = {"model__args": {"dropout": 0.0}, "optim__name": "sgd", "optim__lr": 0.05, "ema": 0.9}
+    return lambda **changes: config(**base | changes)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, given: Callable[..., TrainConfig]) -> Run:
+    return train(given(), root=tmp_path_factory.mktemp("one")).run
 
 
 @pytest.mark.parametrize("devices", PLACES)
-def test_a_placed_run_has_the_losses_and_readings_of_one_gpu(devices: dict[str, str], one: Run) -> None:
-    result = train(small(mesh__devices=devices))
+def test_a_placed_run_has_the_losses_and_readings_of_one_gpu(
+    devices: dict[str, str], one: Run, given: Callable[..., TrainConfig], furthest: Callable[[Run, Run], float]
+) -> None:
+    result = train(given(mesh__devices=devices))
     difference = furthest(one, result.run)
     print(f"{devices}: {difference:.1e}")
     assert difference < 1e-5
@@ -98,24 +79,31 @@ def test_a_placed_run_has_the_losses_and_readings_of_one_gpu(devices: dict[str, 
     ids=["adamw", "agc", "penalties", "bf16", "compiled"],
 )
 def test_whatever_is_trained_with_looks_at_all_devices(
-    devices: dict[str, str], changes: dict[str, Any], tolerance: float, tmp_path: Path
+    devices: dict[str, str],
+    changes: dict[str, Any],
+    tolerance: float,
+    tmp_path: Path,
+    given: Callable[..., TrainConfig],
+    furthest: Callable[[Run, Run], float],
 ) -> None:
-    chosen = small(**changes)
+    chosen = given(**changes)
     one, placed = (train(chosen.override({"mesh.devices": where}), root=tmp_path).run for where in ({}, devices))
     difference = furthest(one, placed)
     print(f"{devices}, {changes}: {difference:.1e}")
     assert difference < tolerance
 
 
-@two_devices
-def test_a_scaled_loss_trains_on_two_gpus(one: Run) -> None:
-    assert furthest(train(small(mesh__devices={"1": "cuda:1", "7": "cuda:0"}, precision="fp16")).run, one) < 5e-2
+@pytest.mark.gpu(2)
+def test_a_scaled_loss_trains_on_two_gpus(
+    one: Run, given: Callable[..., TrainConfig], furthest: Callable[[Run, Run], float]
+) -> None:
+    assert furthest(train(given(mesh__devices={"1": "cuda:1", "7": "cuda:0"}, precision="fp16")).run, one) < 5e-2
 
 
 @pytest.mark.parametrize("devices", PLACES)
-def test_a_placed_run_resumes_bit_for_bit(devices: dict[str, str]) -> None:
+def test_a_placed_run_resumes_bit_for_bit(devices: dict[str, str], given: Callable[..., TrainConfig]) -> None:
     """With dropout on the other device, whose generator is part of the state."""
-    chosen = small(mesh__devices=devices, model__args={"dropout": 0.2}, optim__name="adamw", optim__lr=5e-3)
+    chosen = given(mesh__devices=devices, model__args={"dropout": 0.2}, optim__name="adamw", optim__lr=5e-3)
     whole = train(chosen).run
     stopped = train(chosen, replay=[(11, "stop", {})]).run
     assert stopped.status == "stopped"
@@ -127,15 +115,23 @@ def test_a_placed_run_resumes_bit_for_bit(devices: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("devices", PLACES)
 @pytest.mark.parametrize("placed_first", [True, False])
-def test_a_checkpoint_opens_on_other_devices(devices: dict[str, str], placed_first: bool, one: Run) -> None:
+def test_a_checkpoint_opens_on_other_devices(
+    devices: dict[str, str],
+    placed_first: bool,
+    one: Run,
+    given: Callable[..., TrainConfig],
+    furthest: Callable[[Run, Run], float],
+) -> None:
     first, then = (devices, {}) if placed_first else ({}, devices)
-    run = train(small(mesh__devices=first), replay=[(11, "stop", {})]).run
+    run = train(given(mesh__devices=first), replay=[(11, "stop", {})]).run
     assert run.status == "stopped"
     assert furthest(one, run.resume(1, mesh={"devices": then}).wait(timeout=300)) < 1e-5
 
 
-def test_placed_blocks_compute_again_with_the_same_dropout(tmp_path: Path) -> None:
-    chosen = small(model={"name": f"{BLOCKS}:residual"}, mesh__devices={"1.1": "cpu", "1.2": "cuda:0"}, epochs=2)
+def test_placed_blocks_compute_again_with_the_same_dropout(
+    tmp_path: Path, given: Callable[..., TrainConfig], furthest: Callable[[Run, Run], float]
+) -> None:
+    chosen = given(model={"name": f"{BLOCKS}:residual"}, mesh__devices={"1.1": "cpu", "1.2": "cuda:0"}, epochs=2)
     kept, again = (train(chosen.override({"memory.recompute": share}), root=tmp_path).run for share in (0.0, 1.0))
     assert furthest(kept, again) < 1e-6
 

@@ -13,8 +13,6 @@ from workbench.compress import compiled
 from workbench.compress.products import EightBitLinear, Fp8Linear, Int8Linear, Range
 from workbench.models import ModelConfig, build_model
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
 CONFIGS = {
     "fp8": QuantConfig(mode="fp8", backend="cuda"),
     "fp8 channel": QuantConfig(mode="fp8", backend="cuda", granularity="channel"),

@@ -17,11 +17,6 @@ from workbench.data.splits import Arrays, Splits
 from workbench.models import ModelConfig, build_model
 from workbench.training.average import WeightAverage
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
-
 
 def images(count: int = 64) -> Splits:
     x = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -14,6 +14,8 @@ from torch import nn
 from workbench import TrainConfig, launch, train
 from workbench.training.average import WeightAverage
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 def test_an_average_is_the_weighted_mean_of_all_weights_before() -> None:
     torch.manual_seed(0)

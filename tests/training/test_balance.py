@@ -24,6 +24,8 @@ from workbench.errors import ConfigError
 from workbench.training.balance import SETTING, apportion, first_shares
 from workbench.training.decisions import Decisions
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 TOLERANCE = 1e-5
 """Of losses near 2: gradients are summed in another order."""
 

@@ -17,6 +17,8 @@ from workbench.errors import RunError
 from workbench.events import CommandApplied
 from workbench.training import repro
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 def applied(run: Run) -> dict[str, int]:
     """Steps of the commands, by name; the last of each name."""

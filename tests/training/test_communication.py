@@ -22,6 +22,8 @@ from workbench.errors import ConfigError
 from workbench.training.communication import check_communication
 from workbench.training.lowrank import orthonormal
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from workbench.models import build_model
 from workbench.training.distillation import AttentionTransfer, Distillation, Features, SoftTargets
 from workbench.training.distillation_config import DistillConfig
 
+pytestmark = pytest.mark.usefixtures("forked")
 CONFIG = DistillConfig()
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from workbench import Run, TrainConfig, events, launch, train
+from tests.forked import Nursery
+from workbench import Run, TrainConfig, events, launch, launcher, train
 from workbench.launcher import Attempt
 
 KILLS = 20
@@ -56,9 +57,15 @@ def test_twenty_kills_in_a_row_change_no_bit(
     assert_same: Callable[..., None],
     assert_whole: Callable[[Run], None],
     until: Callable[..., Any],
+    nursery: Nursery,
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Half of them at random instants, half within the saving of a checkpoint, which is due every fifth step."""
+    """Half of them at random instants, half within the saving of a checkpoint, which is due every fifth step.
+
+    The processes are forks: how a process imports the engine, twenty times over, is not in question.
+    """
+    monkeypatch.setattr(launcher, "subprocess", nursery)
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
     draw = random.Random(seed)

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.forked import Nursery
 from workbench import Run, TrainConfig, launch, launcher
 from workbench.events import AttemptStarted
 from workbench.storage import Journal
@@ -28,8 +29,11 @@ def slow(config: Callable[..., TrainConfig]) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(slow: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return launch(slow.override({"model.args": {}}), nproc=2, root=tmp_path_factory.mktemp("undisturbed")).wait(timeout=120)
+def undisturbed(slow: TrainConfig, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """What the others are compared to: by forks, since it is not its processes that count."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "subprocess", nursery)
+        return launch(slow.override({"model.args": {}}), nproc=2, root=tmp_path_factory.mktemp("undisturbed")).wait(timeout=120)
 
 
 def ranks(run: Run) -> dict[int, psutil.Process]:

@@ -31,6 +31,7 @@ from workbench.training.economy import check_memory
 from workbench.training.failure import in_words
 from workbench.training.offload import ActivationOffload, offload_state
 
+pytestmark = pytest.mark.usefixtures("forked")
 CPU = torch.device("cpu")
 RESIDUAL = f"{Path(__file__).with_name('blocks.py')}:residual"
 PREDICTED = 0.02

@@ -18,6 +18,8 @@ from workbench.models import ModelConfig, build_model
 from workbench.training.blocks import blocks_of
 from workbench.training.config import MeshConfig
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 TOLERANCE = 1e-5
 """Of losses near 2: gradients are summed in another order."""
 

@@ -21,6 +21,8 @@ from workbench.data.splits import load_splits
 from workbench.models import build_model
 from workbench.training.subject import fit_to_data
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 TOLERANCE = 1e-5
 """Of losses near 2: gradients are summed in another order, so that about the last two of fp32's seven digits differ."""
 

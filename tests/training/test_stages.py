@@ -24,6 +24,7 @@ from workbench.errors import ConfigError, ModelError
 from workbench.models import ModelConfig, build_model
 from workbench.training.stages import Stage, divided, even_starts
 
+pytestmark = pytest.mark.usefixtures("forked")
 NET = Path(__file__).with_name("net.py")
 net = runpy.run_path(str(NET))
 

@@ -19,6 +19,7 @@ from workbench.errors import ConfigError, ModelError, RunError
 from workbench.models import ModelConfig, build_model
 from workbench.training.tensor_parallel import automatic_plan, divide
 
+pytestmark = pytest.mark.usefixtures("forked")
 NET = Path(__file__).with_name("net.py")
 net = runpy.run_path(str(NET))
 BERT = {

@@ -78,13 +78,21 @@ def lab(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]
     server.close()
 
 
+@pytest.fixture(autouse=True)
+def _no_window_outlives_its_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Else it would go on drawing beside those of the tests that follow."""
+    yield
+    if "lab" in request.fixturenames:
+        request.getfixturevalue("lab").close_windows()
+
+
 class Lab:
     """A JupyterLab server of its own: settings, workspaces and runs lie under ``home``, notebooks under ``root``."""
 
     def __init__(self, home: Path, browser: Any) -> None:
         self.home, self.root = home, home / "notebooks"
         self.root.mkdir()
-        self._browser, self._contexts = browser, []
+        self._browser, self._contexts, self._opened = browser, [], 0
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._write_settings()
@@ -119,17 +127,21 @@ class Lab:
         context = self._browser.new_context(viewport={"width": width, "height": height})
         context.grant_permissions(["clipboard-read", "clipboard-write"], origin=self.url)
         self._contexts.append(context)
+        self._opened += 1
         page = context.new_page()
         relative = Path(path).name if Path(path).is_absolute() else str(path)
         book = Notebook(page, self)
-        page.goto(f"{self.url}/lab/workspaces/ui-{len(self._contexts)}/tree/{relative}?reset")
+        page.goto(f"{self.url}/lab/workspaces/ui-{self._opened}/tree/{relative}?reset")
         book.wait_for_kernel()
         return book
 
+    def close_windows(self) -> None:
+        while self._contexts:
+            self._contexts.pop().close()
+
     def close(self) -> None:
         """Close the windows, the server and whatever still trains."""
-        for context in self._contexts:
-            context.close()
+        self.close_windows()
         self._server.terminate()
         try:
             self._server.wait(20)

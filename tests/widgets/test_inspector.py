@@ -492,6 +492,7 @@ class TestDiagnosis:
         assert diagnosis.diagnose(empty, empty, empty) == []
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_apply_button_runs_the_code_that_it_shows(tmp_path: Path, until: Callable[..., Any], live: None) -> None:
     """A real run, of which a finding says to clip: the page asks, the job takes it between two steps, the page hears of it."""
     from workbench import TrainConfig, launch
