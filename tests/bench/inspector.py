@@ -35,6 +35,8 @@ from tests.bench.peers import CUDA, DEVICE, Job, synchronize
 from tests.bench.training import JOBS
 from workbench.probes import PROBES, ProbeConfig, ProbeSet, StepContext
 from workbench.probes.config import ActivationProbeConfig
+from workbench.training.compilation import compile_whole
+from workbench.training.objective import Objective
 
 WEIGHTS = "Linear, Conv*, Embedding, *ReLU*, GELU*, SiLU, Tanh, Sigmoid, Hard*"
 WAYS = (("weights", WEIGHTS, "exact"), ("sampled", WEIGHTS, "sampled"), ("every leaf", "*", "exact"))
@@ -61,10 +63,11 @@ class Step:
 
     def __init__(self, job: Job, captured: bool, probes: Callable[[nn.Module], ProbeSet] | None = None) -> None:
         self.net = job.network()
-        self.loss, self.optimizer, self.captured = nn.CrossEntropyLoss(), job.optimizer(self.net), captured
+        self.objective = Objective(self.net, nn.CrossEntropyLoss())
+        self.optimizer, self.captured = job.optimizer(self.net), captured
         self.probes = probes(self.net) if probes is not None else None
         if captured:
-            self.net.compile(mode="reduce-overhead")
+            compile_whole(self.objective, "reduce-overhead")
         x, y = next(iter(job.loader(0)))
         self.x, self.y, self.number = job.on_device(x), y.to(DEVICE), 0
 
@@ -75,7 +78,7 @@ class Step:
         if read and self.probes is not None:
             self.probes.begin(self.number)
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            value = self.loss(self.net(self.x), self.y)
+            value = self.objective(self.x, self.y)
         value.backward()
         if read and self.probes is not None:
             self.probes.read(StepContext(self.number))

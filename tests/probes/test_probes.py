@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from workbench.models import ModelConfig, build_model
 from workbench.models.resnet import ResNet
 from workbench.probes import EDGES, PROBES, Probe, ProbeConfig, ProbeSet, StepContext
 
@@ -301,3 +302,44 @@ def test_readings_under_autocast_are_of_the_numbers_that_the_layers_gave() -> No
     probes.read(StepContext(1))
     probes.updated()
     assert compare(readings["activations", 1], outputs, 1e-6) < 1e-6
+
+
+def test_a_compiled_step_that_is_read_keeps_no_more_for_its_backward_pass() -> None:
+    """Readings stand behind what uses the outputs read: GELU is computed again as it is in other steps."""
+    from functorch.compile import min_cut_rematerialization_partition, nop
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
+    from workbench.training.graph_passes import put_readings_off
+
+    kept: list[list[str]] = []
+
+    def divide(joint: torch.fx.GraphModule, inputs: Any, **settings: Any) -> Any:
+        for change in passes:
+            change(joint.graph)
+        joint.graph.lint()
+        return min_cut_rematerialization_partition(joint, inputs, **settings)
+
+    def forward(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+        values = [node.meta["val"] for node in outputs if node.op == "call_function" and "getitem" not in node.name]
+        kept.append(sorted(f"{value.dtype} {list(value.shape)}" for value in values))
+        return nop(graph, inputs)
+
+    table = select_decomp_table()
+    backend = aot_autograd(fw_compiler=forward, bw_compiler=nop, partition_fn=divide, decompositions=table)
+    passes: list[Callable[[torch.fx.Graph], None]] = []
+    for read, passes[:] in ((False, []), (True, []), (True, [put_readings_off])):
+        sizes = {"layers": 1, "width": 64, "heads": 2}
+        model = build_model(ModelConfig(name="bert_base", num_classes=2, args=sizes))
+        probes, _ = probed(model, kinds="Linear, GELU*")
+        torch.compiler.reset()
+        call = torch.compile(nn.Sequential(model), backend=backend, fullgraph=True)
+        if read:
+            probes.begin(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            call(torch.arange(64).view(4, 16)).sum().backward()
+    torch.compiler.reset()
+    unread, plain, behind = kept
+    derivative = "torch.float32 [4, 16, 256]"  # of GELU, twice as large as what it is computed from
+    assert derivative in plain and derivative not in unread + behind

@@ -1,7 +1,4 @@
-"""Copies of an objective on several ranks that compute and exchange gradients in one compiled graph.
-
-Imported only where models are compiled: it takes the compiler with it.
-"""
+"""Copies of an objective on several ranks that compute and exchange gradients in one compiled graph."""
 
 from __future__ import annotations
 
@@ -17,9 +14,10 @@ from torch._dynamo.exc import Unsupported
 from workbench.distributed import World
 from workbench.training.communication import payload
 from workbench.training.communication_config import CommunicationConfig
+from workbench.training.compilation import compile_whole
 from workbench.training.device_time import marked
 from workbench.training.objective import Objective
-from workbench.training.parallel import Parallel, Replicated, compile_parts
+from workbench.training.parallel import Parallel, Replicated
 from workbench.training.reduction import Averaging
 
 
@@ -47,20 +45,14 @@ class CompiledReplicas(Parallel):
         buffers = [buffer for name, buffer in objective.named_buffers() if name not in constants and id(buffer) not in apart]
         self._buffers = [buffer for buffer in buffers if buffer.is_floating_point()]
         self.payload, self.marked = payload(objective, communication, None), marked(world.device)
-        self._compile()
+        compile_whole(objective, mode, self._averaging())
         self.forward = self._first
 
-    def _compile(self) -> None:
+    def _averaging(self) -> Averaging:
         group, bucket = dist.group.WORLD, self._communication.bucket
         assert group is not None
         wire = torch.bfloat16 if self._communication.compress == "bf16" else None
-        size = math.inf if bucket == "whole" else float(bucket)
-        settings: dict[str, Any] = {} if self._mode == "default" else torch._inductor.list_mode_options(self._mode)
-        settings["joint_custom_post_pass"] = Averaging(group.group_name, self._world.size, size, wire)
-        # Else Inductor moves what uses the means, and with it the wait for them, to where they set out: that frees memory.
-        settings["reorder_for_peak_memory"] = False
-        torch.compiler.reset()
-        self.objective.compile(fullgraph=True, options=settings)
+        return Averaging(group.group_name, self._world.size, math.inf if bucket == "whole" else float(bucket), wire)
 
     def _first(self, x: Any, y: Any) -> Tensor:
         try:
@@ -74,8 +66,7 @@ class CompiledReplicas(Parallel):
         return loss
 
     def _fall_back(self) -> None:
-        self.objective._compiled_call_impl = None
-        compile_parts(self.objective, [self.objective], self._mode)
+        compile_whole(self.objective, self._mode)
         self._plain = plain = Replicated(self.objective, self._communication, self._world, self._deterministic)
         self.forward, self.marked, self.buckets, self.views = plain.forward, None, plain.buckets, plain.views
 

@@ -20,6 +20,7 @@ from workbench.errors import ConfigError
 from workbench.training.blocks import blocks_of
 from workbench.training.communication import exchanged_bytes, payload, replicate
 from workbench.training.communication_config import CommunicationConfig
+from workbench.training.compilation import compile_parts, compile_whole
 from workbench.training.mesh import Mesh
 from workbench.training.objective import Objective
 from workbench.training.pipeline import Line, one_forward_one_backward, through
@@ -280,41 +281,27 @@ def parallelize(
         ConfigError: a divided model with captured graphs, whose tensors must stay where they are.
     """
     communication = communication or CommunicationConfig()
-    if mesh.plain and mesh.copies > 1:
-        # A graph exchanges the gradients that it computes, not what micro-steps before it have gathered.
-        if compile_mode != "off" and accumulate == 1 and communication.compress != "powersgd" and not mesh.world.others:
-            from workbench.training.compiled_replicas import CompiledReplicas
+    # A graph exchanges the gradients that it computes, not what micro-steps before it have gathered.
+    one_graph = compile_mode != "off" and accumulate == 1 and communication.compress != "powersgd" and not mesh.world.others
+    if mesh.plain and mesh.copies > 1 and one_graph:
+        from workbench.training.compiled_replicas import CompiledReplicas
 
-            return CompiledReplicas(objective, compile_mode, communication, mesh.world, deterministic)
-        compile_parts(objective, [objective], compile_mode)
-        return Replicated(objective, communication, mesh.world, deterministic)
+        return CompiledReplicas(objective, compile_mode, communication, mesh.world, deterministic)
     if mesh.plain:
-        compile_parts(objective, [objective], compile_mode)
-        return Parallel(objective)
+        if compile_mode != "off" and objective._compiled_call_impl is None:  # for a measurement it may have been
+            compile_whole(objective, compile_mode)
+        return Replicated(objective, communication, mesh.world, deterministic) if mesh.copies > 1 else Parallel(objective)
     if compile_mode not in ("off", "default"):
         raise ConfigError(
             f"compile={compile_mode!r} captures graphs, and a divided model exchanges tensors within.",
             "Take compile='default' or 'off' with mesh.shard or mesh.tensor, or replicate the model.",
         )
     # Between blocks, weights are gathered: each is compiled for itself, and equal ones once.
-    compile_parts(objective, blocks_of(objective.model) if stage is None else stage.blocks, compile_mode)
+    if compile_mode != "off":
+        compile_parts(blocks_of(objective.model) if stage is None else stage.blocks, compile_mode)
     if stage is not None:
         return Staged(objective, mesh, stage)
     return Sharded(objective, mesh) if mesh.copies > 1 else Divided(objective)
-
-
-def compile_parts(objective: Objective, parts: Iterable[nn.Module], mode: str, **settings: Any) -> None:
-    """Compile each of ``parts`` for itself, if ``objective`` has not been compiled as a whole for a measurement.
-
-    Args:
-        mode: of torch.compile, or ``off``.
-        settings: more of torch.compile's.
-    """
-    if mode == "off" or objective._compiled_call_impl is not None:
-        return
-    torch.compiler.reset()  # what a kernel compiled before must not decide how this run is compiled, nor use up the limit
-    for part in parts:
-        part.compile(mode=None if mode == "default" else mode, **settings)
 
 
 def _parts(objective: Objective) -> Iterator[nn.Module]:

@@ -2,8 +2,7 @@
 
 Under DDP the gradients of a model that is compiled as a whole all come at once, when its backward pass is over: nothing is left
 for the exchange to hide behind. :class:`Averaging` writes the exchange into the graph, each bucket of it where its last gradient
-has been computed; Inductor then compiles, and CUDA graphs capture, computation and exchange as one. Imported only where models
-are compiled: it takes the compiler with it.
+has been computed; Inductor then compiles, and CUDA graphs capture, computation and exchange as one.
 
 Bucketing by the order in which gradients come is that of Li et al. 2020, PyTorch Distributed (arXiv:2006.15704, section 3.2). A
 lookup's gradient, of a table of embeddings, goes as the few rows it has, where these are less.
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
@@ -32,7 +30,7 @@ ALIGNED = 64
 """Elements to whose multiples gradients are sorted within a bucket: kernels read several at once, from aligned addresses."""
 
 
-class Averaging(CustomGraphPass):
+class Averaging:
     """Means over the ranks of a group in the place of a joint graph's gradients, as its last pass.
 
     Args:
@@ -45,10 +43,10 @@ class Averaging(CustomGraphPass):
     def __init__(self, group: str, ranks: int, bucket: float, wire: torch.dtype | None) -> None:
         self._group, self._ranks, self._bucket, self._wire = group, ranks, bucket * 2**20, wire
 
-    def uuid(self) -> bytes:
-        """What decides whether a graph compiled before can be used again."""
-        mine = get_hash_for_files((__file__,))
-        return mine + f"{self._group} {self._ranks} {self._bucket} {self._wire}".encode()
+    file = __file__
+
+    def __repr__(self) -> str:
+        return f"Averaging({self._group}, {self._ranks}, {self._bucket}, {self._wire})"
 
     def __call__(self, graph: Graph) -> None:
         inputs = [node for node in graph.nodes if node.op == "placeholder"]

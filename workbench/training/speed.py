@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from workbench.distributed import World
+from workbench.training.compilation import compile_whole
 from workbench.training.decisions import Decisions
 from workbench.training.trial import Setting, Trial
 
@@ -66,8 +67,7 @@ def measured_compile(
     if not eager * steps > COMPILES:
         decided.revise("compile", "off", f"a run of about {eager * steps:.0f} s doesn't pay for a minute of compiling")
         return "off"
-    torch.compiler.reset()
-    trial.objective.compile(mode=None if mode == "default" else mode)
+    compile_whole(trial.objective, mode)
     compiled = _seconds(trial, replace(setting, compiled=True), world)
     told = f"a step takes {1000 * eager:.3g} ms, compiled ({mode}) {1000 * compiled:.3g} ms"
     if compiled * WORTH <= eager:
@@ -108,8 +108,7 @@ def measured_fp8(trial: Trial, mode: str, precision: str, steps: int, accumulate
 
 
 def _compiled(trial: Trial, setting: Setting, mode: str, world: World) -> float:
-    torch.compiler.reset()
-    trial.objective.compile(mode=None if mode == "default" else mode)
+    compile_whole(trial.objective, mode)
     return _seconds(trial, setting, world)
 
 
