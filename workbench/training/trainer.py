@@ -125,6 +125,7 @@ class Trainer:
     def train_step(self, micro_batches: Iterable[Batch]) -> None:
         """One optimizer step: forward and backward over the micro-batches, then the update. Nothing waits for the device."""
         rate = self._set_rate()
+        self.clock.begin()
         self.budget.begin(self.step + 1)
         if self._captured:
             torch.compiler.cudagraph_mark_step_begin()
@@ -146,6 +147,7 @@ class Trainer:
         self.step += 1
         self.average.update(self.step)
         self.meter.add(self.step, (self.step - 1) // self.batches.steps_per_epoch + 1, rate, total)
+        self.clock.end()
 
     def boundary(self) -> None:
         """Between two steps: what is due by step, by epoch, or on command."""
