@@ -40,7 +40,7 @@ def test_a_reading_is_timed_without_waiting_for_the_device() -> None:
     def post(name: str, **settings: Any) -> None:
         budget.apply(step, **settings)
 
-    budget = Budget(probes, ["products"], 0.1, 100_000, clock(x.device), post, lambda event, reason: said.append(event))
+    budget = Budget(probes, ["products"], 0.1, 100_000, 1000, clock(x.device), post, lambda event, reason: said.append(event))
     x @ x
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

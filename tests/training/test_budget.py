@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from workbench import Run, TrainConfig, events, launch, train
 from workbench.errors import ConfigError
 from workbench.probes import Probe, ProbeConfig, ProbesConfig, ProbeSet
 from workbench.training import repro
 from workbench.training.budget import COUNTED, LEAST, READ, Budget
-from workbench.training.decisions import MOST
+from workbench.training.decisions import MOST, Decisions, decide_every
 
 SLOW = Path(__file__).with_name("slow_probe.py")
 
@@ -35,6 +36,7 @@ class Bench:
         cost: float = 0.1,
         overhead: float = 0.01,
         total: int = 20_000,
+        epoch: int = 10**6,
         late: float = 0.0,
     ) -> None:
         self.seconds, self.cost, self.late, self.total = 0.0, cost, late, total
@@ -44,9 +46,8 @@ class Bench:
         self.read: list[int] = []
         self.step = 0
         self.interrupt: Callable[[int], float] = lambda step: 0.0
-        self.budget = Budget(
-            self.probes, auto.split(), overhead, total, lambda: self.seconds, self._post, lambda *said: self.said.append(said)
-        )
+        steps, now = (total, epoch), lambda: self.seconds
+        self.budget = Budget(self.probes, auto.split(), overhead, *steps, now, self._post, lambda *said: self.said.append(said))
 
     def _post(self, name: str, **settings: Any) -> None:
         assert name == READ
@@ -127,6 +128,18 @@ def test_interrupted_readings_do_not_count() -> None:
     assert not always.run(3000).said and always.probes.every == {"one": 10}
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("epoch", "epochs"), [(100, 200), (2, 2000), (5, 400), (22, 20), (50, 20)])
+def test_readings_do_not_all_fall_on_the_end_of_an_epoch(device: str, epoch: int, epochs: int) -> None:
+    total, decided = epoch * epochs, Decisions()
+    names = ("communication", "gradients")
+    every = {name: decide_every(name, "auto", torch.device(device), total, epoch, decided) for name in names}
+    assert every["gradients"] % every["communication"] == 0  # steps on which both read can be timed
+    bench = Bench(every, " ".join(names), 1.0, total=total, epoch=epoch).run(total)
+    assert all(held % epoch for held in (*every.values(), *bench.probes.every.values()))
+    assert len(set(bench.probes.every.values())) == 1 or epoch == 2
+
+
 def test_first_readings_do_not_count() -> None:
     bench = Bench({"one": 10}, "one", 50.0)
     bench.run(25)
@@ -183,13 +196,13 @@ def test_a_run_keeps_to_its_budget_and_goes_on_with_what_it_found(slow: TrainCon
     run = train(slow, root=tmp_path, replay=[(80, "stop", {})]).run
     settings = [f"probes.{name}.every" for name in ("gradients", "communication", f"{SLOW}:Slow")]
     first = next(told(run))
-    assert first.every == 160 // LEAST and run.overhead == [*told(run)][-1].overhead > slow.probes.overhead
+    assert first.every == 9 and run.overhead == [*told(run)][-1].overhead > slow.probes.overhead
     assert {run.resolved[setting]["value"] for setting in settings} == {first.every}
     assert f"one in {first.every} takes" in run.resolved[settings[0]]["reason"]
     assert READ not in (code := repro.code(run.config, run.events)) and "replay=[(80, 'stop', {})]" in code
     run.resume().wait(timeout=120)
     steps = run.readings("gradients")["step"]
-    assert set(steps[steps > 80]) == set(range(88, 161, 8)) and set(steps[steps <= first.step]) >= {1, 5, 10, 15, 20}
+    assert set(steps[steps > 80]) == set(range(81, 161, 9)) and set(steps[steps <= first.step]) >= {1, 5, 10, 15, 20}
 
 
 def test_a_deterministic_run_keeps_to_the_rule(slow: TrainConfig, tmp_path: Path) -> None:
@@ -203,5 +216,5 @@ def test_two_ranks_change_after_the_same_step(slow: TrainConfig, tmp_path: Path)
     for kind in ("gradients", "communication"):
         readings = run.readings(kind)
         one, two = (sorted(set(readings.loc[readings["rank"] == rank, "step"])) for rank in (0, 1))
-        assert one == two and [step for step in one if step > first.step + 8] == list(range(first.step // 8 * 8 + 16, 161, 8))
-    assert first.counted <= COUNTED and first.every == 8
+        assert one == two and [step for step in one if step > first.step] == [n for n in range(9, 161, 9) if n > first.step]
+    assert first.counted <= COUNTED and first.every == 9  # of 160 steps, in epochs of 8

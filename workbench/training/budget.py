@@ -18,7 +18,7 @@ import torch
 from workbench import events
 from workbench.probes import ProbeSet
 from workbench.probes.base import Moment, seconds_between
-from workbench.training.decisions import MOST
+from workbench.training.decisions import MOST, within_epochs
 
 READ = "read"
 """Command of rank 0 to all: how often to read from now on, and why. It is no user's, and is not repeated with a run."""
@@ -45,7 +45,7 @@ class Budget:
         probes: of this rank, their first intervals set.
         auto: names of those whose interval may change.
         overhead: share of the training time that their readings may take.
-        total_steps: of the run.
+        total_steps, steps_per_epoch: of the run.
         now: the present moment of the device that computes (see :func:`clock`).
         post: called on rank 0 with settings for :meth:`apply`, which all ranks are to call after the same step; None on others.
         changed: called on every rank with what was found, by an event and in words.
@@ -57,6 +57,7 @@ class Budget:
         auto: Collection[str],
         overhead: float,
         total_steps: int,
+        steps_per_epoch: int,
         now: Callable[[], Moment],
         post: Callable[..., None] | None,
         changed: Callable[[events.ReadingsTimed, str], None],
@@ -65,6 +66,7 @@ class Budget:
         self.auto = [name for name in probes.every if name in auto]
         self._watched = self.auto or list(probes.every)
         self._bounds = max(1, total_steps // MOST), max(1, total_steps // LEAST)
+        self._epoch = steps_per_epoch
         self._now, self._post, self._changed = now, post, changed
         self._moments: list[Moment] = []
         self._on_the_way: deque[list[Moment]] = deque()
@@ -124,17 +126,17 @@ class Budget:
             return now if len(held) == 1 else None
         low, high = self._bounds
         wanted = max(low, min(math.ceil(cost / self.overhead), max(high, now)))
-        return now if len(held) == 1 and abs(wanted - now) <= SLACK * now else wanted
+        return now if len(held) == 1 and abs(wanted - now) <= SLACK * now else within_epochs(wanted, self._epoch)
 
     def apply(self, step: int, every: int, cost: float, counted: int) -> None:
         """Read once in ``every`` steps from here on; a reading adds ``cost`` of a step, the median of ``counted``."""
         self.probes.every |= dict.fromkeys(self.auto, every)
         share = cost / (every + cost)
-        told = f"a reading adds {100 * cost:.2g} % of a step (median of {counted}): one in {every}"
+        told = f"a reading adds {_percent(cost)} of a step (median of {counted}): one in {every}"
         if share <= self.overhead:
-            reason = f"{told} keeps to {100 * self.overhead:.3g} %"
+            reason = f"{told} keeps to {_percent(self.overhead)}"
         else:
-            reason = f"{told} takes {100 * share:.2g} % of the time"
+            reason = f"{told} takes {_percent(share)} of the time"
             reason += f", and rarer would be fewer than {LEAST} over the run" if every >= self._bounds[1] else ""
         self._changed(events.ReadingsTimed(step=step, cost=cost, counted=counted, every=every, overhead=share), reason)
 
@@ -148,6 +150,10 @@ def _event() -> Moment:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
 
 
 def _reached(moment: Moment) -> bool:

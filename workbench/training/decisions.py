@@ -107,7 +107,9 @@ def decide_compile(
     return str(decisions.decide("compile", "off", f"{total_steps} steps on {device.type} do not pay for compilation"))
 
 
-def decide_every(name: str, every: int | str, device: torch.device, total_steps: int, decisions: Decisions) -> int:
+def decide_every(
+    name: str, every: int | str, device: torch.device, total_steps: int, steps_per_epoch: int, decisions: Decisions
+) -> int:
     """Steps between two readings of a probe: at first, where it is left to auto; :mod:`~workbench.training.budget` goes on.
 
     Probes that read layers do so on steps that the others read too, so that there are steps with all of them to be timed.
@@ -117,7 +119,19 @@ def decide_every(name: str, every: int | str, device: torch.device, total_steps:
     setting = f"probes.{name}.every"
     spread = max(1, total_steps // MOST)
     often, rarely = (spread, 5) if device.type == "cpu" else (max(10, spread), 50)
+    often = within_epochs(often, steps_per_epoch)
     if name in ("memory", "communication"):
         return int(decisions.decide(setting, often, "until it is measured: what is read costs next to nothing"))
     reason = f"until it is measured: on a {device.type.upper().replace('CUDA', 'GPU')} one reading in {rarely} steps or rarer"
-    return int(decisions.decide(setting, often * math.ceil(rarely / often), reason))
+    rarely = within_epochs(often * math.ceil(rarely / often), steps_per_epoch, often)
+    return int(decisions.decide(setting, rarely, reason))
+
+
+def within_epochs(every: int, steps_per_epoch: int, grain: int = 1) -> int:
+    """``every``, or the next multiple of ``grain`` that is no multiple of an epoch.
+
+    200 readings over 200 epochs would all be of an epoch's last step, with an evaluation between it and the next.
+    """
+    while every % steps_per_epoch == 0 and grain % steps_per_epoch:
+        every += grain
+    return every

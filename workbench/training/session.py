@@ -166,7 +166,9 @@ def _stage(subject: Subject) -> Stage | None:
 def _probes(config: TrainConfig, subject: Subject, folder: Path, recorder: Recorder, decided: decisions.Decisions) -> ProbeSet:
     probes: dict[str, tuple[Probe, int]] = {}
     for name, wanted in config.probes.by_name().items():
-        every = decisions.decide_every(name, wanted.every, subject.world.device, subject.total_steps, decided)
+        every = decisions.decide_every(
+            name, wanted.every, subject.world.device, subject.total_steps, subject.batches.steps_per_epoch, decided
+        )
         probes[name] = (PROBES.create(find_source(name, folder), wanted), every)
     return ProbeSet(probes, recorder.reading)
 
@@ -195,7 +197,8 @@ def _budget(
 
     auto = [name for name, wanted in config.probes.by_name().items() if wanted.every == "auto" and not config.deterministic]
     post = control.post if world.main else None
-    budget = Budget(probes, auto, config.probes.overhead, subject.total_steps, clock(world.device), post, changed)
+    steps = subject.total_steps, subject.batches.steps_per_epoch
+    budget = Budget(probes, auto, config.probes.overhead, *steps, clock(world.device), post, changed)
     return budget
 
 
