@@ -55,6 +55,16 @@ class Evaluated(_Event):
     metrics: dict[str, float]
 
 
+class ReadingsTimed(_Event):
+    """What the probes' readings were found to cost, and how often they come from ``step`` on."""
+
+    type: Literal["readings_timed"] = "readings_timed"
+    cost: float = Field(description="Time that a reading adds to its step, as a share of a step without.")
+    counted: int = Field(description="Readings that this is the median of.")
+    every: int = Field(description="Steps from one reading to the next.")
+    overhead: float = Field(description="Share of the training time that readings take: cost / (every + cost).")
+
+
 class CheckpointSaved(_Event):
     """A checkpoint of ``step`` is complete on disk."""
 
@@ -136,6 +146,7 @@ Event = Annotated[
     AttemptStarted
     | Steps
     | Evaluated
+    | ReadingsTimed
     | CheckpointSaved
     | CommandApplied
     | Finding

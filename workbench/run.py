@@ -6,6 +6,7 @@ fresh processes. What the engine writes goes through :class:`workbench.training.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import time
@@ -17,7 +18,7 @@ from workbench import launcher, storage
 from workbench.commands import COMMANDS, check_settings, post
 from workbench.config import Config, load_yaml
 from workbench.errors import RunError
-from workbench.events import Evaluated, Event, Failed, Finding
+from workbench.events import Evaluated, Event, Failed, Finding, ReadingsTimed
 from workbench.journal import JournalReader, Progress, ReadingsReader, history_of, progress_of
 from workbench.registry import load_object
 from workbench.status import status_of
@@ -183,6 +184,11 @@ class Run:
     def metrics(self) -> dict[str, float]:
         """Metrics of the last evaluation."""
         return next((e.metrics for e in reversed(self.events) if isinstance(e, Evaluated)), {})
+
+    @property
+    def overhead(self) -> float:
+        """Share of the training time that readings take, as last measured; not a number before, or where it can't be."""
+        return next((e.overhead for e in reversed(self.events) if isinstance(e, ReadingsTimed)), math.nan)
 
     @property
     def findings(self) -> list[Finding]:

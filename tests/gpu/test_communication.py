@@ -55,6 +55,21 @@ def test_a_step_is_timed_without_waiting_for_the_device(within: bool) -> None:
         assert 1e-4 < timing.busy < 1 and 0 <= timing.exposed < timing.busy and timing.payload == 4
 
 
+def test_a_device_that_has_done_all_it_was_given_is_idle() -> None:
+    batches = Batches(load_splits(DataConfig(limit=64)), DataConfig(batch_size=32), Shard(), Target(torch.device("cuda")), 0)
+    x = torch.randn(8192, 8192, device="cuda")
+    for done in (True, False):
+        clock = StepClock(torch.device("cuda"), batches, Parallel(Objective(nn.Linear(1, 1).cuda(), nn.CrossEntropyLoss())))
+        for _ in range(5):
+            clock.begin()
+            for _ in range(10):
+                x @ x
+            clock.end()
+            if done:
+                torch.cuda.synchronize()
+        assert clock.idle == float(done)
+
+
 @pytest.mark.gpu(2)
 def test_each_exchange_is_as_near_the_mean_over_nccl_as_over_gloo(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -27,7 +27,7 @@ from widgets.inspector.export import LIMIT, page
 from widgets.inspector.histograms import edges, levels
 from widgets.inspector.quantities import QUANTITIES, quantities_of
 from widgets.inspector.recording import Recording
-from workbench import TrainConfig
+from workbench import TrainConfig, events
 from workbench.errors import RunError
 from workbench.run import Run
 
@@ -107,6 +107,13 @@ class TestDistributions:
         assert std == pytest.approx(np.sqrt((own["std"] ** 2 + own["mean"] ** 2).mean() - own["mean"].mean() ** 2))
         assert (dead, saturated) == (0, pytest.approx(0.02))
         assert recording.facts()["sampling"] == {"error": 0.008, "overhead": 0.012}
+
+    def test_what_readings_take_is_told_as_the_run_measures_it(self, tmp_path: Path) -> None:
+        simulation = Simulation(tmp_path / "run", blocks=(1,)).until(20)
+        assert recorded(tmp_path / "run").facts()["sampling"] == {}
+        simulation.emit(events.ReadingsTimed(step=20, cost=0.17, counted=9, every=18, overhead=0.17 / 18.17))
+        simulation.until(40)
+        assert recorded(tmp_path / "run").facts()["sampling"] == {"overhead": 0.00936}
 
 
 class TestBeside:

@@ -64,6 +64,7 @@ class Recording:
         self.lines: dict[str, Line] = {"loss": Line()}
         self.total = 0.0
         self.world_size = 1
+        self.overhead: float | None = None
         self.started: events.AttemptStarted | None = None
         self._starts: list[tuple[int, int]] = []
         self._sent_facts: dict[str, Any] = {}
@@ -107,6 +108,8 @@ class Recording:
                 self._extend("loss", range(event.first, event.first + len(values)), values)
                 if event.samples_per_s:
                     self._extend("rate", [event.step], [event.samples_per_s])
+            elif isinstance(event, events.ReadingsTimed):
+                self.overhead = event.overhead
             elif isinstance(event, events.Evaluated):
                 for name, value in event.metrics.items():
                     self._extend(f"metric:{name}", [event.step], [value])
@@ -306,6 +309,7 @@ class Recording:
         ranks = sorted({int(n.split(":")[1]) for n in self.lines if n.startswith("memory:")})
         told = [q for q in QUANTITIES if q.name == "norm" or q.name in self.others]
         choice = {"layer": self.layer, "module": self.module_of_layer(), "rank": self.rank, "quantity": self.quantity}
+        sampling = {**self.sampling, "overhead": self.sampling.get("overhead", self.overhead)}
         facts: dict[str, Any] = {
             "metrics": metrics,
             "times": self.times(),
@@ -313,7 +317,7 @@ class Recording:
             "layers": {kind: self.layers(kind) for kind in ("gradients", "activations")},
             "choice": choice,
             "quantities": [{n: getattr(q, n) for n in ("name", "label", "log", "block", "meaning")} for q in told],
-            "sampling": {n: float(f"{v:.3g}") for n, v in self.sampling.items() if v is not None and 0 <= v <= 1},
+            "sampling": {n: float(f"{v:.3g}") for n, v in sampling.items() if v is not None and 0 <= v <= 1},
         }
         if self.holding.stack is not None:
             facts["memory:holding"] = self.holding.fact()

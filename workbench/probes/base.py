@@ -7,6 +7,7 @@ probe is one class under one name in ``PROBES``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ class StepTiming:
         gathered: those of all ranks had come.
         waited: seconds that the host waited for samples.
         payload: bytes of gradients that the rank gave to its peers.
+        idle: share of the last steps at whose begin the device had nothing left to do; not a number on a CPU.
     """
 
     began: Moment
@@ -78,6 +80,7 @@ class StepTiming:
     gathered: Moment
     waited: float = 0.0
     payload: int = 0
+    idle: float = math.nan
 
     def arrived(self) -> bool:
         """Whether the device has reached the last of these moments."""

@@ -21,13 +21,15 @@ class CommunicationProbe(Probe):
     * ``busy``: seconds of the rank's own work: update, input, forward and backward pass;
     * ``waited``: of these, seconds that the host waited for samples (on an accelerator hidden where the host runs ahead);
     * ``exposed``: seconds that it then waited for gradients: for slower ranks, and for what was still on the wire;
+    * ``idle``: share of the last steps at whose begin the device had done all it was given: it waits for the host; not a number
+      on a CPU;
     * ``payload``: bytes of gradients it gave to its peers, where copies exchange them;
     * ``bandwidth``: bytes per second that its link carried in an all-reduce when the run started;
     * ``network``: Gb/s of the slowest host's network interface; ``link``: how it reaches the next rank; ``hosts``: their number.
 
     Seconds are of the device's own clock; they are not a number for steps that follow no other: the first, and those after an
     evaluation, a checkpoint or a pause. With weights spread over ranks, waits within the passes count as work. A step that is
-    read costs a hook and two events of the device, about 20 µs; others one event.
+    read costs a hook and three events of the device, about 20 µs; others two events.
     """
 
     kind = "communication"
@@ -57,6 +59,7 @@ class CommunicationProbe(Probe):
             "busy": [math.nan if timing is None else timing.busy],
             "waited": [math.nan if timing is None else timing.waited],
             "exposed": [math.nan if timing is None else timing.exposed],
+            "idle": [math.nan if timing is None else timing.idle],
             "payload": [0 if timing is None else timing.payload],
             "bandwidth": [math.nan if found.bandwidth is None else found.bandwidth],
             "network": [math.nan if found.network is None else found.network],

@@ -25,7 +25,7 @@ class ProbeConfig(Config):
     """One probe."""
 
     every: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
-        "auto", description="Read once in so many optimizer steps; 0 never; auto: as often as costs little (see resolved.yaml)."
+        "auto", description="Read once in so many optimizer steps; 0 never; auto: as often as probes.overhead allows."
     )
     layers: str = Field(
         "*", description="Names of the layers to read, as a shell pattern, e.g. 'stages.2.*'; several separated by commas."
@@ -68,6 +68,14 @@ class ProbesConfig(Config):
     activations: ActivationProbeConfig = Field(ActivationProbeConfig(), description="Distribution of each layer's output.")
     memory: MemoryProbeConfig = Field(MemoryProbeConfig(), description="Memory of each rank, and what holds it.")
     communication: ProbeConfig = Field(ProbeConfig(), description="Each rank's work, and its waits for samples and other ranks.")
+    overhead: float = Field(
+        0.01,
+        gt=0,
+        le=1,
+        description="Share of the training time that readings with every=auto may take, as measured while training; a run is "
+        "read about 20 times all the same (see resolved.yaml).",
+        json_schema_extra=hint(log=True, advanced=True),
+    )
     more: dict[str, ProbeConfig] = Field(
         {}, description="Further registered probes by name.", json_schema_extra=hint(advanced=True)
     )

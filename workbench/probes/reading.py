@@ -27,7 +27,9 @@ class ProbeSet:
     """
 
     def __init__(self, probes: dict[str, tuple[Probe, int]], deliver: Deliver) -> None:
-        self._probes = [(probe, every) for probe, every in probes.values() if every > 0]
+        self._probes = {name: probe for name, (probe, every) in probes.items() if every > 0}
+        self.every = {name: every for name, (_, every) in probes.items() if every > 0}
+        """Steps between the readings of each probe, by name."""
         self._deliver = deliver
         self._due: list[Probe] = []
         self._context = StepContext(0)
@@ -40,13 +42,13 @@ class ProbeSet:
         Args:
             computes: whether a layer is computed by this rank, by name; by default, all are.
         """
-        for probe, _ in self._probes:
+        for probe in self._probes.values():
             probe.computes = computes or probe.computes
-        self._detach = [probe.attach(model) for probe, _ in self._probes]
+        self._detach = [probe.attach(model) for probe in self._probes.values()]
 
     def join(self, parts: RunParts) -> None:
         """What the trainer is made of, once it is complete."""
-        for probe, _ in self._probes:
+        for probe in self._probes.values():
             probe.join(parts)
 
     def detach(self) -> None:
@@ -54,9 +56,13 @@ class ProbeSet:
             detach()
         self._detach.clear()
 
-    def begin(self, step: int) -> None:
-        """The step numbered ``step``, from 1, is about to run. The first is always read."""
-        self._due = [probe for probe, every in self._probes if step == 1 or step % every == 0]
+    def due(self, step: int) -> list[str]:
+        """Names of the probes that read the step numbered ``step``, from 1. The first is always read."""
+        return [name for name, every in self.every.items() if step == 1 or step % every == 0]
+
+    def begin(self, step: int, *, leave_out: bool = False) -> None:
+        """The step numbered ``step`` is about to run; with ``leave_out`` unread."""
+        self._due = [] if leave_out else [self._probes[name] for name in self.due(step)]
         for probe in self._due:
             probe.arm()
 

@@ -6,7 +6,9 @@ communication probe read them.
 
 from __future__ import annotations
 
+import math
 import time
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from workbench.data.batches import Batches
 from workbench.probes.base import Moment, StepTiming
 from workbench.training.device_time import moments, stamp
 from workbench.training.parallel import Parallel
+
+LOOKS = 20
+"""Steps over which the device's idleness is told."""
 
 
 class StepClock:
@@ -37,10 +42,29 @@ class StepClock:
         self._began: Moment | Tensor | None = None
         self._ready: Moment | Tensor | None = None
         self._waited = 0.0
+        self._given: torch.cuda.Event | None = None
+        self._idle: deque[bool] = deque(maxlen=LOOKS)
 
     def start(self) -> None:
         """Steps follow one another from here: training starts, or goes on after something else."""
         self._began = None
+        self._given = None
+
+    def begin(self) -> None:
+        """The host is about to give the device a step: look whether it has yet to finish the one before."""
+        if self._given is not None:
+            self._idle.append(self._given.query())
+
+    def end(self) -> None:
+        """The host has given the device all of a step."""
+        if self._device.type == "cuda":
+            self._given = self._given or torch.cuda.Event()
+            self._given.record()
+
+    @property
+    def idle(self) -> float:
+        """Share of the last steps that found the device idle; not a number where none was looked at."""
+        return sum(self._idle) / len(self._idle) if self._idle else math.nan
 
     def watch(self, loss: Tensor) -> Tensor:
         """``loss`` as it is; its backward pass will note when this rank's part is computed, before it waits for others."""
@@ -69,7 +93,7 @@ class StepClock:
             began, ready, now = moments(began, ready, now)
         if isinstance(began, Tensor) or isinstance(ready, Tensor) or isinstance(now, Tensor):
             return None  # of two clocks
-        return StepTiming(began, ready, now, waited - before, self._parallel.payload)
+        return StepTiming(began, ready, now, waited - before, self._parallel.payload, self.idle)
 
     def _now(self) -> Moment | Tensor:
         if self._parallel.marked is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from workbench.errors import DeviceError
 from workbench.storage import write_atomic
 from workbench.training import fp8
 from workbench.training.config import TrainConfig
+
+MOST = 200
+"""Readings over a run that tell enough of it: cheaper ones would only fill the disk."""
 
 
 @dataclass
@@ -103,16 +107,31 @@ def decide_compile(
     return str(decisions.decide("compile", "off", f"{total_steps} steps on {device.type} do not pay for compilation"))
 
 
-def decide_every(name: str, every: int | str, device: torch.device, total_steps: int, decisions: Decisions) -> int:
-    """Steps between two readings of a probe."""
+def decide_every(
+    name: str, every: int | str, device: torch.device, total_steps: int, steps_per_epoch: int, decisions: Decisions
+) -> int:
+    """Steps between two readings of a probe: at first, where it is left to auto; :mod:`~workbench.training.budget` goes on.
+
+    Probes that read layers do so on steps that the others read too, so that there are steps with all of them to be timed.
+    """
     if every != "auto":
         return int(every)
     setting = f"probes.{name}.every"
-    spread = max(1, total_steps // 200)
+    spread = max(1, total_steps // MOST)
+    often, rarely = (spread, 5) if device.type == "cpu" else (max(10, spread), 50)
+    often = within_epochs(often, steps_per_epoch)
     if name in ("memory", "communication"):
-        return int(
-            decisions.decide(setting, spread if device.type == "cpu" else max(10, spread), "what is read costs next to nothing")
-        )
-    if device.type == "cuda":
-        return int(decisions.decide(setting, max(50, spread), "on a GPU one reading in 50 steps costs about 1 % of the time"))
-    return int(decisions.decide(setting, max(spread, 5), "on a CPU one reading in 5 steps or rarer, 200 over the run"))
+        return int(decisions.decide(setting, often, "until it is measured: what is read costs next to nothing"))
+    reason = f"until it is measured: on a {device.type.upper().replace('CUDA', 'GPU')} one reading in {rarely} steps or rarer"
+    rarely = within_epochs(often * math.ceil(rarely / often), steps_per_epoch, often)
+    return int(decisions.decide(setting, rarely, reason))
+
+
+def within_epochs(every: int, steps_per_epoch: int, grain: int = 1) -> int:
+    """``every``, or the next multiple of ``grain`` that is no multiple of an epoch.
+
+    200 readings over 200 epochs would all be of an epoch's last step, with an evaluation between it and the next.
+    """
+    while every % steps_per_epoch == 0 and grain % steps_per_epoch:
+        every += grain
+    return every

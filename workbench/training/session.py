@@ -25,6 +25,7 @@ from workbench.run import Run
 from workbench.training import decisions, environment, repro, sources
 from workbench.training.advice import advise
 from workbench.training.balance import SETTING, Balance
+from workbench.training.budget import Budget, clock
 from workbench.training.communication import check_communication, decide_bucket
 from workbench.training.config import TrainConfig
 from workbench.training.control import Command, Control
@@ -121,6 +122,7 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     objective = Objective(model, make_loss(config.loss), config.penalties, _distillation(config, subject, run.path))
     compile_mode = settle_compile(config, subject, objective, choice, decided)
     precision = subject.precision
+    budget = _budget(config, subject, probes, run.path, recorder, control, decided)
     balance = _balance(config, batches, run.path, recorder, world, decided)
     check_communication(config, mesh.sizes, precision.name)
     exchange = decide_bucket(config, objective, batches, precision, compile_mode, mesh, decided)
@@ -128,7 +130,7 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     check_memory(config.memory, world.device, compile_mode, sharded=not mesh.plain)
     memory = settle_memory(config, objective, batches, precision.name, compile_mode, world, decided)
     config = config.model_copy(update={"memory": memory})
-    trainer = Trainer(config, objective, batches, precision, compile_mode, probes, recorder, control, mesh, balance, stage)
+    trainer = Trainer(config, objective, batches, precision, compile_mode, budget, recorder, control, mesh, balance, stage)
 
     torch.manual_seed(derive_seed(config.seed, mesh.copy))
     draw_apart(world, config.seed, mesh.copy)
@@ -164,9 +166,40 @@ def _stage(subject: Subject) -> Stage | None:
 def _probes(config: TrainConfig, subject: Subject, folder: Path, recorder: Recorder, decided: decisions.Decisions) -> ProbeSet:
     probes: dict[str, tuple[Probe, int]] = {}
     for name, wanted in config.probes.by_name().items():
-        every = decisions.decide_every(name, wanted.every, subject.world.device, subject.total_steps, decided)
+        every = decisions.decide_every(
+            name, wanted.every, subject.world.device, subject.total_steps, subject.batches.steps_per_epoch, decided
+        )
         probes[name] = (PROBES.create(find_source(name, folder), wanted), every)
     return ProbeSet(probes, recorder.reading)
+
+
+def _budget(
+    config: TrainConfig,
+    subject: Subject,
+    probes: ProbeSet,
+    folder: Path,
+    recorder: Recorder,
+    control: Control,
+    decided: decisions.Decisions,
+) -> Budget:
+    """The budget of what probes read, which writes down and says what it finds.
+
+    A deterministic run keeps to the rule: which steps are read must not hang on how long they take.
+    """
+    world = subject.world
+
+    def changed(event: events.ReadingsTimed, reason: str) -> None:
+        for name in budget.auto:
+            decided.revise(f"probes.{name}.every", event.every, reason)
+        if world.main:
+            decided.write(folder)
+            recorder.emit(event)
+
+    auto = [name for name, wanted in config.probes.by_name().items() if wanted.every == "auto" and not config.deterministic]
+    post = control.post if world.main else None
+    steps = subject.total_steps, subject.batches.steps_per_epoch
+    budget = Budget(probes, auto, config.probes.overhead, *steps, clock(world.device), post, changed)
+    return budget
 
 
 def _distillation(config: TrainConfig, subject: Subject, folder: Path) -> Distillation | None:

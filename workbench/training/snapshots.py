@@ -44,6 +44,11 @@ class Snapshots:
         self._marks: list[Mark] = []
         self._known: list[Known] = []
 
+    @property
+    def recording(self) -> bool:
+        """Whether allocations are being recorded, which makes steps slower."""
+        return self._left > 0
+
     def ask(self, steps: int, step: int) -> None:
         """Record the ``steps`` that follow step ``step``; what is being recorded goes on."""
         if steps < 1 or self._left:

@@ -21,11 +21,12 @@ from workbench.data.batches import Batch, Batches
 from workbench.distributed import sum_over_ranks
 from workbench.errors import NonFiniteLoss
 from workbench.optim import AdaptiveGradientClipper, ClipConfig, Schedule, make_optimizer
-from workbench.probes import ProbeSet, StepContext
+from workbench.probes import StepContext
 from workbench.probes.holders import RunParts
 from workbench.training import checkpoint
 from workbench.training.average import WeightAverage
 from workbench.training.balance import Balance
+from workbench.training.budget import READ, Budget
 from workbench.training.clock import StepClock
 from workbench.training.config import TrainConfig
 from workbench.training.control import Command, Control
@@ -48,6 +49,7 @@ class Trainer:
         objective: model and loss on the device, probes attached, not yet wrapped.
         batches: this rank's.
         precision, compile_mode: as decided.
+        budget: of what the probes cost, and with it the probes.
         balance: of the ranks' shares.
     """
 
@@ -58,7 +60,7 @@ class Trainer:
         batches: Batches,
         precision: Precision,
         compile_mode: str,
-        probes: ProbeSet,
+        budget: Budget,
         recorder: Recorder,
         control: Control,
         mesh: Mesh,
@@ -75,8 +77,8 @@ class Trainer:
             stage=stage,
         )
         self.config, self.objective, self.batches, self.precision = config, objective, batches, precision
-        self.probes, self.recorder, self.control, self.world = probes, recorder, control, mesh.world
-        self.mesh = mesh
+        self.probes, self.budget = budget.probes, budget
+        self.recorder, self.control, self.mesh, self.world = recorder, control, mesh, mesh.world
         self.model, self.trained = objective.model, objective.trained
         self.optimizer = make_optimizer(self.trained, config.optim)
         self.economy = Economy(config.memory, self.model, self.optimizer)
@@ -123,7 +125,8 @@ class Trainer:
     def train_step(self, micro_batches: Iterable[Batch]) -> None:
         """One optimizer step: forward and backward over the micro-batches, then the update. Nothing waits for the device."""
         rate = self._set_rate()
-        self.probes.begin(self.step + 1)
+        self.clock.begin()
+        self.budget.begin(self.step + 1)
         if self._captured:
             torch.compiler.cudagraph_mark_step_begin()
         watched = self.balance.watching or self.probes.timed
@@ -144,12 +147,16 @@ class Trainer:
         self.step += 1
         self.average.update(self.step)
         self.meter.add(self.step, (self.step - 1) // self.batches.steps_per_epoch + 1, rate, total)
+        self.clock.end()
 
     def boundary(self) -> None:
         """Between two steps: what is due by step, by epoch, or on command."""
         self.recorder.progressed(self.step)
         self.balance.after(self.step)
+        if self.snapshots.recording:
+            self.budget.interrupted()
         self.snapshots.after(self.step)
+        self.budget.after()
         commands = self.control.due(self.step)
         for command in commands:
             self.apply(command)
@@ -165,6 +172,10 @@ class Trainer:
 
     def apply(self, command: Command) -> None:
         """Carry out a command, after the same step on every rank."""
+        self.budget.interrupted()
+        if command.name == READ:
+            self.budget.apply(self.step, **command.settings)
+            return
         if command.name == "set":
             self._set(command.settings)
         applied = events.CommandApplied.model_validate(
@@ -308,6 +319,7 @@ class Trainer:
         """Time counts again, after something that was no step."""
         self.meter.start()
         self.clock.start()
+        self.budget.interrupted()
 
     def _share_buffers(self) -> None:
         self.parallel.share((*self.model.buffers(), *self.average.buffers))
