@@ -262,3 +262,9 @@ def test_nothing_heavy_is_imported_before_it_is_needed(statement: str, absent: l
     *_, seconds, loaded = done.stdout.splitlines()
     print(f"{statement}: {float(seconds):.2f} s")
     assert loaded == "[]"
+
+
+def test_overriding_leaves_what_it_is_given_alone() -> None:
+    group = {"name": "sgd"}
+    config = TrainConfig().override({"optim": group, "optim.lr": 0.5})
+    assert config.optim.lr == 0.5 and group == {"name": "sgd"}

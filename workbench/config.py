@@ -229,7 +229,12 @@ def _assign(values: dict[str, Any], parts: list[str], value: Any, path: str) -> 
         if not isinstance(child, dict):
             raise ConfigError(f"{path!r}: {'.'.join(parts[: depth + 1])} is a value ({child!r}), not a group of settings.")
         values = child
-    values[last] = value
+    values[last] = _own(value)
+
+
+def _own(value: Any) -> Any:
+    """Groups of settings as dicts that another setting may write into."""
+    return {name: _own(member) for name, member in value.items()} if isinstance(value, dict) else value
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from workbench.artefact import save_model
 from workbench.errors import ConfigError, ModelError
 from workbench.models import ModelConfig, build_model, structure_of
+from workbench.models.structure import is_channels_last, lay_out
 
 
 @pytest.mark.parametrize(
@@ -75,3 +77,18 @@ def test_names_are_checked_without_importing_timm() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
     with pytest.raises(ConfigError, match="Did you mean 'convnet'"):
         ModelConfig(name="convnett")
+
+
+def test_convolutions_that_a_cpu_computes_wrongly_are_not_put_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strided 1×1 convolution of few channels, where there is AVX2 and no more; its gradient is right as it then lies."""
+    few, many = (nn.Sequential(nn.Conv2d(3, count, 3), nn.Conv2d(count, 16, 1, stride=2)) for count in (5, 8))
+    for capability, expected in (("AVX2", False), ("AVX512", True)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert lay_out(few, torch.device("cpu")) == expected == is_channels_last(few)
+        assert lay_out(many, torch.device("cpu")) and is_channels_last(many)
+    monkeypatch.undo()
+    lay_out(few, torch.device("cpu"))
+    exact, x = copy.deepcopy(few).double(), torch.randn(8, 3, 12, 12)
+    few(x).square().sum().backward()
+    exact(x.double()).square().sum().backward()
+    torch.testing.assert_close(few[1].weight.grad.double(), exact[1].weight.grad, rtol=1e-4, atol=1e-3)

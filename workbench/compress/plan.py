@@ -21,7 +21,7 @@ from workbench.compress.sample import one_sample
 from workbench.compress.search import Ranking, nearest, shortest, topped_up
 from workbench.compress.surgery import config_sizes, reshaped, set_config
 from workbench.errors import ConfigError, ModelError, unknown
-from workbench.models.structure import check_module, count_parameters, is_channels_last, structure_of
+from workbench.models.structure import check_module, count_parameters, is_channels_last, lay_out, structure_of
 
 _WITHIN = 0.01
 """Removed beyond the ratio, at most; else a remark says why."""
@@ -131,7 +131,7 @@ class Plan:
         sizes = config_sizes(self.model, pruned)
         set_config(pruned, sizes)
         if is_channels_last(self.model):
-            pruned = pruned.to(memory_format=torch.channels_last)
+            lay_out(pruned, self.x.device)
         with explained(self.model):  # some couplings show only when the pruned model runs
             record["after"] = self._costs(pruned)
         if self.config.target == "latency":

@@ -71,3 +71,26 @@ def is_channels_last(model: nn.Module) -> bool:
         return plane > 1 and tensor.stride(1) == 1 and tensor.is_contiguous(memory_format=torch.channels_last)
 
     return any(is_so(tensor) for tensor in model.state_dict().values())
+
+
+def lay_out(model: nn.Module, device: torch.device) -> bool:
+    """Put the model's convolutions channels last in memory, where they compute correctly so; whether they are.
+
+    On CPUs with AVX2 and no AVX-512 some do not: oneDNN's kernel for the weights' gradient of a strided 1×1 convolution of fewer
+    than eight channels is wrong there, and writes past its buffer (jit_1x1:avx2, seen with PyTorch 2.14.1).
+    """
+    import torch
+    from torch import nn
+
+    def wrong(module: nn.Module) -> bool:
+        return (
+            isinstance(module, nn.Conv2d)
+            and module.kernel_size == (1, 1)
+            and module.stride != (1, 1)
+            and module.in_channels // module.groups < 8
+        )
+
+    at_risk = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    last = not (at_risk and any(wrong(module) for module in model.modules()))
+    model.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return last

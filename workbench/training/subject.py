@@ -14,6 +14,7 @@ from workbench.data.order import Shard, derive_seed
 from workbench.data.splits import Splits, load_splits
 from workbench.distributed import World
 from workbench.models import build_model
+from workbench.models.structure import lay_out
 from workbench.training.balance import first_shares
 from workbench.training.checks import check_mesh, check_model
 from workbench.training.config import TrainConfig
@@ -68,11 +69,10 @@ def load_subject(config: TrainConfig, folder: Path, world: World, decided: Decis
     check_mesh(config, mesh, precision)
     check_precision(precision.name, world)
     images = len(splits.sample_shape) == 3
-    channels_last = config.channels_last and images and mesh.plain  # parts are rows of contiguous weights
     splits = settle_padding(config.data, model, splits, world.device, precision.dtype, decided)
     place_layers(model, config, world, decided)
-    if channels_last:
-        model.to(memory_format=torch.channels_last)
+    # Parts of a model are rows of contiguous weights.
+    channels_last = config.channels_last and images and mesh.plain and lay_out(model, world.device)
     batches = _batches(config, splits, mesh, Target(world.device, precision.dtype, channels_last), decided)
     check_model(model, batches, config, precision)
     total_steps = min(config.epochs * batches.steps_per_epoch, config.max_steps or 10**12)

@@ -26,6 +26,7 @@ from workbench.distributed import pick_device
 from workbench.errors import ConfigError, MemoryExhausted
 from workbench.losses import make_loss
 from workbench.models import build_model
+from workbench.models.structure import lay_out
 from workbench.optim import make_optimizer
 from workbench.optim_config import OptimConfig
 from workbench.training import decisions, fp8
@@ -239,9 +240,7 @@ def trial_of(config: TrainConfig, data: Any = None, root: str | os.PathLike[str]
     precision = Precision(decisions.decide_precision(config, device, decisions.Decisions()), device)
     torch.manual_seed(config.seed)
     model = build_model(fit_to_data(config, splits), root=Path(root) if root is not None else None).to(device)
-    channels_last = config.channels_last and len(splits.sample_shape) == 3
-    if channels_last:
-        model.to(memory_format=torch.channels_last)
+    channels_last = config.channels_last and len(splits.sample_shape) == 3 and lay_out(model, device)
     target = Target(device, precision.dtype, channels_last)
     size = min(config.data.batch_size, len(splits.train))  # type: ignore[arg-type]
     batches = Batches(splits, config.data.override({"batch_size": size}), Shard(), target, config.seed)
