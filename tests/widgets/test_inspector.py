@@ -502,23 +502,32 @@ def test_the_apply_button_runs_the_code_that_it_shows(tmp_path: Path, until: Cal
     until(lambda: run.progress.step > 5, 60)
     inspector = Inspector(run)
     finding = events.Finding(
-        name="jumpy", severity="warning", message="It jumps.", remedy={"clip.mode": "fixed", "clip.max_norm": 0.5}
+        name="jumpy",
+        severity="warning",
+        message="It jumps.",
+        remedy={"optim.lr": 1e-4},
+        alternatives=({"clip.mode": "fixed", "clip.max_norm": 0.5},),
     )
     inspector._findings, inspector._last_diagnosis = [finding], math.inf  # no look of its own in between
     page = Page()
 
-    def shown() -> dict[str, Any]:
+    def shown() -> list[dict[str, Any]]:
         frame = Frame()
         with inspector._lock:
             inspector._changes(frame, whole=True)
         page.receive(frame)
-        return next(row for row in page.facts["findings"] if row["name"] == "jumpy")
+        remedies: list[dict[str, Any]] = next(row["remedies"] for row in page.facts["findings"] if row["name"] == "jumpy")
+        return remedies
 
-    assert "print(apply(Run.open(" in shown()["code"] and "'clip.max_norm': 0.5" in shown()["code"]
-    inspector._on_page(inspector, {"kind": "apply", "value": "jumpy"}, [])
-    inspector._on_page(inspector, {"kind": "apply", "value": "jumpy"}, [])  # a second click changes nothing
+    first, second = shown()
+    assert "print(apply(Run.open(" in second["code"] and "'clip.max_norm': 0.5" in second["code"]
+    assert [first["text"], second["text"]] == ["optim.lr=0.0001", "clip.mode=fixed clip.max_norm=0.5"]
+    inspector._on_page(inspector, {"kind": "apply", "value": second["key"]}, [])
+    inspector._on_page(inspector, {"kind": "apply", "value": second["key"]}, [])  # a second click changes nothing
+    inspector._on_page(inspector, {"kind": "apply", "value": "jumpy:2"}, [])
     inspector._on_page(inspector, {"kind": "apply", "value": "no such finding"}, [])
-    until(lambda: "in the running" in shown()["applied"], 30)
+    until(lambda: "in the running" in shown()[1]["applied"], 30)
+    assert not shown()[0]["applied"]
     applied = until(lambda: [e for e in run.events if isinstance(e, events.CommandApplied)], 30)
     assert [e.settings for e in applied] == [{"clip_mode": "fixed", "clip_max_norm": 0.5}]
     assert run.status == "running"

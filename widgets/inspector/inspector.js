@@ -234,10 +234,8 @@ class View {
         const onclick = () => this.choose(finding.layer);
         words.append(" ", h("button", { type: "button", class: "link", onclick }, "show the layer"));
       }
-      const remedy = finding.remedy ? h("p", { class: "quiet small" }, "Try ", h("code", {}, finding.remedy)) : null;
-      const code = this.applicable(finding, remedy, () => this.drawFindings(findings));
       const mark = h("i", { class: finding.severity, role: "img", "aria-label": finding.severity }, MARKS[finding.severity] ?? "i");
-      return h("li", {}, mark, h("div", {}, words, remedy, code));
+      return h("li", {}, mark, h("div", {}, words, ...this.drawRemedies(finding, () => this.drawFindings(findings))));
     });
     const parts = [h("ul", {}, ...items)];
     if (findings.length > 3) {
@@ -251,17 +249,36 @@ class View {
     this.findings.replaceChildren(...parts);
   }
 
+  // A line for the first remedy, and for each further one once they are asked for.
+  drawRemedies({ name, remedies }, redraw) {
+    const all = this.allRemedies?.has(name);
+    const lines = remedies.slice(0, all ? undefined : 1).flatMap((remedy, number) => {
+      const line = h("p", { class: "quiet small" }, number ? "Or " : "Try ", h("code", {}, remedy.text));
+      return [line, this.applicable(remedy, line, redraw)];
+    });
+    if (remedies.length > 1) {
+      const onclick = () => {
+        this.allRemedies ??= new Set();
+        this.allRemedies[all ? "delete" : "add"](name);
+        redraw();
+      };
+      const words = all ? "fewer" : `${remedies.length - 1} more`;
+      lines[0].append(" ", h("button", { type: "button", class: "link", "aria-expanded": String(Boolean(all)), onclick }, words));
+    }
+    return lines;
+  }
+
   // The button that applies a remedy, or what became of it, added to its line; the code that the button runs, where it is open.
-  applicable({ name, code, applied }, line, redraw) {
-    if (!line || !code || this.model.offline) return null;
-    const open = this.codeOf === name;
+  applicable({ key, code, applied }, line, redraw) {
+    if (this.model.offline) return null;
+    const open = this.codeOf === key;
     const onclick = () => {
-      this.codeOf = open ? null : name;
+      this.codeOf = open ? null : key;
       redraw();
     };
     const act = applied
       ? h("span", { role: "status" }, applied)
-      : h("button", { type: "button", class: "link", title: code, onclick: () => this.ask("apply", name) }, "Apply");
+      : h("button", { type: "button", class: "link", title: code, onclick: () => this.ask("apply", key) }, "Apply");
     line.append(" ", act, " ", h("button", { type: "button", class: "link", "aria-expanded": String(open), onclick }, open ? "hide code" : "code"));
     return open ? h("pre", {}, code) : null;
   }

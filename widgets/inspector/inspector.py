@@ -247,9 +247,15 @@ class Inspector(LiveWidget):
             "findings": [
                 {
                     **finding.model_dump(include=told),
-                    "remedy": remedy_text(finding),
-                    "code": remedy_code(recording.run, finding),
-                    "applied": self._applied.get(finding.name, ""),
+                    "remedies": [
+                        {
+                            "key": (key := f"{finding.name}:{number}"),
+                            "text": remedy_text(remedy),
+                            "code": remedy_code(recording.run, remedy),
+                            "applied": self._applied.get(key, ""),
+                        }
+                        for number, remedy in enumerate(finding.remedies)
+                    ],
                 }
                 for finding in self._findings
             ],
@@ -321,22 +327,26 @@ class Inspector(LiveWidget):
                 return
             self._publish()
 
-    def _apply(self, name: str) -> None:
-        """Apply a finding's remedy from a thread: starting a run takes seconds, and a callback posts and returns."""
-        finding = next((f for f in self._findings if f.name == name and f.remedy), None)
-        if finding is None or self.run is None or name in self._applied:
+    def _apply(self, key: str) -> None:
+        """Apply one of a finding's remedies from a thread: starting a run takes seconds, and a callback posts and returns."""
+        offered = {
+            f"{finding.name}:{number}": finding.model_copy(update={"remedy": remedy})
+            for finding in self._findings
+            for number, remedy in enumerate(finding.remedies)
+        }
+        if key not in offered or self.run is None or key in self._applied:
             return
-        self._applied[name] = "applying …"
-        threading.Thread(target=self._carry_out, args=(self.run, finding), name="apply", daemon=True).start()
+        self._applied[key] = "applying …"
+        threading.Thread(target=self._carry_out, args=(self.run, key, offered[key]), name="apply", daemon=True).start()
 
-    def _carry_out(self, run: Run, finding: events.Finding) -> None:
+    def _carry_out(self, run: Run, key: str, finding: events.Finding) -> None:
         try:
             words = remedies.apply(run, finding).words
         except Exception as error:
             words = str(error)
         with self._lock:
             if run is self.run:
-                self._applied[finding.name] = words
+                self._applied[key] = words
                 self._publish()
 
     def _static_html(self) -> str:
@@ -344,21 +354,19 @@ class Inspector(LiveWidget):
             recording = self._catch_up()
             if recording is None or self.run is None:
                 return figures.empty_html()
-            rows = [(f.severity, f.message, remedy_text(f)) for f in self._findings]
+            rows = [(f.severity, f.message, remedy_text(f.remedy)) for f in self._findings]
             return figures.static_html(recording, self._header(self.run, recording), rows)
 
 
-def remedy_text(finding: events.Finding) -> str:
-    """The remedy as overrides a person can paste: ``optim.lr=0.001 clip.mode=dynamic``."""
-    return " ".join(f"{name}={value}" for name, value in finding.remedy.items())
+def remedy_text(remedy: Mapping[str, Any]) -> str:
+    """Overrides as a person can paste them: ``optim.lr=0.001 clip.mode=dynamic``."""
+    return " ".join(f"{name}={value}" for name, value in remedy.items())
 
 
-def remedy_code(run: Run, finding: events.Finding) -> str:
-    """What the Apply button runs; empty where no setting cures it."""
-    if not finding.remedy:
-        return ""
+def remedy_code(run: Run, remedy: Mapping[str, Any]) -> str:
+    """What the Apply button runs."""
     name = run.id if run.path.parent == runs_folder() else str(run.path)
-    return f"from workbench import Run, apply\n\nprint(apply(Run.open({name!r}), {finding.remedy!r}))\n"
+    return f"from workbench import Run, apply\n\nprint(apply(Run.open({name!r}), {dict(remedy)!r}))\n"
 
 
 def _run(run_or_path: Run | str | os.PathLike[str]) -> Run:
