@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from workbench import events
 from workbench.cli import COMMANDS, main
 from workbench.run import Run
 
@@ -120,6 +121,8 @@ def test_ctrl_c_stops_in_order_and_resume_goes_on() -> None:
     assert main(["resume", run.id]) == 0
     try:
         _until(lambda: run.progress.step > stopped_at)
+        assert main(["snapshot", run.id, "--steps", "3"]) == 0
+        _until(lambda: any(e.settings == {"steps": 3} for e in run.events if isinstance(e, events.CommandApplied)))
         assert main(["pause", run.id]) == 0
         _until(lambda: run.status == "paused")
         assert main(["resume", run.id]) == 0

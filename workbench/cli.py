@@ -112,6 +112,14 @@ def pause(arguments: argparse.Namespace) -> int:
     return _post(arguments.run, "pause")
 
 
+def snapshot(arguments: argparse.Namespace) -> int:
+    """Have a run on a GPU record the allocations of its next steps. Its folder's snapshots/ and the Inspector then show them."""
+    from workbench.run import Run
+
+    Run.open(arguments.run).memory_snapshot(arguments.steps)
+    return 0
+
+
 def resume(arguments: argparse.Namespace) -> int:
     """Go on with a run that was paused, stopped, failed or lost."""
     from workbench.run import Run
@@ -141,7 +149,9 @@ def pipeline(arguments: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: dict[str, Command] = {f.__name__: f for f in (train, launch, runs, show, follow, stop, pause, resume, report, pipeline)}
+COMMANDS: dict[str, Command] = {
+    f.__name__: f for f in (train, launch, runs, show, follow, stop, pause, resume, snapshot, report, pipeline)
+}
 
 
 # -- parts --------------------------------------------------------------------------------------------------------------
@@ -161,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         parsers[name] = commands.add_parser(name, help=text.partition(". ")[0].rstrip("."), description=text, allow_abbrev=False)
         parsers[name].set_defaults(command=command)
 
-    for name in ("show", "follow", "stop", "pause", "resume", "report"):
+    for name in ("show", "follow", "stop", "pause", "resume", "snapshot", "report"):
         parsers[name].add_argument("run", metavar="RUN", help="the run's folder, its name, or the start of its name")
     setting: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
     parsers["train"].add_argument("--config", type=Path, metavar="FILE", help="settings as YAML; by default the defaults")
@@ -195,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parsers["resume"].add_argument("--restarts", default=0, **restarts, help="as for train (0)")
     parsers["resume"].add_argument("--follow", action="store_true", help="show its progress until it ends")
+    parsers["snapshot"].add_argument("--steps", type=_positive, default=2, metavar="N", help="steps to record, at most 50 (2)")
     parsers["report"].add_argument("-o", "--output", type=Path, metavar="FILE", help="by default report.html in the run's folder")
     parsers["pipeline"].add_argument("file", metavar="FILE.yaml", help="the stages")
     parsers["pipeline"].add_argument("--set", **setting, help="change a stage's parameter, e.g. train.epochs=2; may be repeated")
