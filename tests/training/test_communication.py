@@ -66,7 +66,7 @@ def test_compiled_copies_exchange_gradients_within_the_backward_pass(found: list
 
 
 def test_what_a_compiled_pass_sends() -> None:
-    """Buckets where their last gradient is there, smaller ones at the end; a large table's rows; waits after everything else."""
+    """Buckets where their last gradient is there, smaller ones at the end; waits after everything else."""
     from functorch.compile import default_partition, nop
     from torch._dynamo.backends.common import aot_autograd
     from torch._inductor.decomposition import select_decomp_table
@@ -86,14 +86,14 @@ def test_what_a_compiled_pass_sends() -> None:
 
     backend = aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=divide, decompositions=select_decomp_table())
     torch.compiler.reset()
-    model = nn.Sequential(nn.Embedding(400_000, 4), nn.Flatten(), *(nn.Linear(16, 16) for _ in range(3)))
-    torch.compile(model, backend=backend, fullgraph=True)(torch.arange(8).view(2, 4))
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+    torch.compile(model, backend=backend, fullgraph=True)(torch.randn(2, 16))
     torch.compiler.reset()
     names = [name.split(".")[1] for name in seen if "c10d" in name]
-    assert names == ["all_reduce"] * 6 + ["all_gather_into_tensor"] * 2 + ["wait_tensor"] * 8
+    assert names == ["all_reduce"] * 8 + ["wait_tensor"] * 8
     # The last layer's gradients, which come first, have set out before those of the next are computed.
-    assert "mm" in "".join(seen[seen.index("_c10d_functional.all_reduce.default") :])
-    assert seen.index("workbench.mark.default") == max(i for i, name in enumerate(seen) if "all_gather" in name) - 2
+    assert any("mm" in name for name in seen[seen.index("_c10d_functional.all_reduce.default") :])
+    assert seen.index("workbench.mark.default") == max(i for i, name in enumerate(seen) if "all_reduce" in name) - 1
 
 
 def test_low_rank_factors_keep_back_what_they_do_not_tell(found: list[dict[str, Any]]) -> None:

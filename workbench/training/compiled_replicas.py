@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._dynamo.exc import Unsupported
+from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 
 from workbench.distributed import World
+from workbench.errors import ConfigError
 from workbench.training.communication import payload
 from workbench.training.communication_config import CommunicationConfig
 from workbench.training.compilation import compile_whole
@@ -62,7 +63,7 @@ class CompiledReplicas(Parallel):
             logging.getLogger(__name__).warning("Not one graph (%s): DDP exchanges gradients after what is compiled.", reason)
             self._fall_back()
             return self.forward(x, y)
-        self.forward = self._share_and_compute if self._buffers else self.objective
+        self.forward = self._compute
         return loss
 
     def _fall_back(self) -> None:
@@ -70,8 +71,14 @@ class CompiledReplicas(Parallel):
         self._plain = plain = Replicated(self.objective, self._communication, self._world, self._deterministic)
         self.forward, self.marked, self.buckets, self.views = plain.forward, None, plain.buckets, plain.views
 
-    def _share_and_compute(self, x: Any, y: Any) -> Tensor:
+    def _compute(self, x: Any, y: Any) -> Tensor:
         for buffer in self._buffers:
             dist.broadcast(buffer, src=0)
-        loss: Tensor = self.objective(x, y)
+        try:
+            loss: Tensor = self.objective(x, y)
+        except FailOnRecompileLimitHit as error:
+            raise ConfigError(
+                f"compile={self._mode!r}: the model has been compiled too often, for batches of too many shapes.",
+                "Set data.pad_to so that shapes repeat, or compile=off.",
+            ) from error
         return loss

@@ -4,8 +4,8 @@ Under DDP the gradients of a model that is compiled as a whole all come at once,
 for the exchange to hide behind. :class:`Averaging` writes the exchange into the graph, each bucket of it where its last gradient
 has been computed; Inductor then compiles, and CUDA graphs capture, computation and exchange as one.
 
-Bucketing by the order in which gradients come is that of Li et al. 2020, PyTorch Distributed (arXiv:2006.15704, section 3.2). A
-lookup's gradient, of a table of embeddings, goes as the few rows it has, where these are less.
+Bucketing by the order in which gradients come is that of Li et al. 2020, PyTorch Distributed (arXiv:2006.15704, section 3.2).
+Ranks may compile for batches of other shapes: all exchange the same buckets in the same order, since neither depends on a shape.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ from torch.fx.node import map_arg
 import workbench.training.device_time  # noqa: F401  its operator
 
 ATEN, C10D = torch.ops.aten, torch.ops._c10d_functional
-
-WORTH = 4 << 20
-"""Bytes that a step must send less for a lookup's gradient to go as rows."""
 
 ALIGNED = 64
 """Elements to whose multiples gradients are sorted within a bucket: kernels read several at once, from aligned addresses."""
@@ -59,84 +56,36 @@ class Averaging:
         # A joint graph gives its outputs, then by input a gradient or None.
         places = [place for place in range(len(outputs) - len(primals), len(outputs)) if outputs[place] is not None]
         places.sort(key=lambda place: order[outputs[place]])
-        apart = {place: parts for place in places if (parts := self._sparse(outputs[place])) is not None}
-        dense = [place for place in places if place not in apart]
-        sizes, types = [_value(outputs[place]).nbytes for place in dense], [_value(outputs[place]).dtype for place in dense]
-        bundles = [[dense[index] for index in bucket] for bucket in cut(sizes, types, self._bucket)]
-        bundles += [[place] for place in apart]
-
-        def complete(bundle: list[int]) -> Node:
-            """The node after which all of a bundle's gradients are there."""
-            return max((inputs[-1], *(outputs[place] for place in bundle)), key=lambda node: order[node])
-
-        bundles.sort(key=lambda bundle: order[complete(bundle)])
-        sent: list[tuple[list[int], list[Node]]] = []
-        for bundle in bundles:
-            bundle.sort(key=lambda place: -math.gcd(_value(outputs[place]).numel(), ALIGNED))
-            with graph.inserting_before(complete(bundle).next):
-                sparse = apart.get(bundle[0])
-                load = self._packed([outputs[place] for place in bundle]) if sparse is None else self._scaled(sparse[1])
-                if bundle is bundles[-1]:
-                    load = _call(torch.ops.workbench.mark.default, load)
-                if sparse is None:
-                    sent.append((bundle, [_call(C10D.all_reduce.default, load, "sum", self._group)]))
-                else:
-                    gathered = [
-                        _call(C10D.all_gather_into_tensor.default, part, self._ranks, self._group) for part in (sparse[0], load)
-                    ]
-                    sent.append((bundle, gathered))
+        sizes, types = [_value(outputs[place]).nbytes for place in places], [_value(outputs[place]).dtype for place in places]
+        buckets = [[places[index] for index in bucket] for bucket in cut(sizes, types, self._bucket)]
+        sent: list[tuple[list[int], Node]] = []
+        for bucket in buckets:
+            bucket.sort(key=lambda place: -math.gcd(_value(outputs[place]).numel(), ALIGNED))
+            newest = max((inputs[-1], *(outputs[place] for place in bucket)), key=lambda node: order[node])
+            with graph.inserting_before(newest.next):
+                flat = self._packed([outputs[place] for place in bucket])
+                if bucket is buckets[-1]:
+                    flat = _call(torch.ops.workbench.mark.default, flat)
+                sent.append((bucket, _call(C10D.all_reduce.default, flat, "sum", self._group)))
         with graph.inserting_before(end):
-            for bundle, travelling in sent:
-                first, *more = (_call(C10D.wait_tensor.default, node) for node in travelling)
-                if more:
-                    outputs[bundle[0]] = _scattered(first, more[0], _value(outputs[bundle[0]]))
-                    continue
-                begin = 0
-                for place in bundle:
+            for bucket, travelling in sent:
+                flat, begin = _call(C10D.wait_tensor.default, travelling), 0
+                for place in bucket:
                     like = _value(outputs[place])
-                    outputs[place] = _unpacked(first, begin, like)
+                    outputs[place] = _unpacked(flat, begin, like)
                     begin += like.numel()
         end.args = (outputs,)
 
-    def _sparse(self, gradient: Node) -> tuple[Node, Node] | None:
-        """Of a lookup's gradient, row numbers and what to add to these rows, where that is much less to send."""
-        mask: Any = None
-        match gradient.target, gradient.args:
-            case ATEN.index_put.default | ATEN._unsafe_index_put.default, (table, (rows,), values, True):
-                pass
-            case ATEN._unsafe_masked_index_put_accumulate.default, (table, mask, (rows,), values):
-                pass
-            case _:
-                return None
-        if not (isinstance(table, Node) and isinstance(rows, Node) and isinstance(values, Node)):
-            return None
-        if table.target is not ATEN.full.default or table.args[1] != 0 or not _value(rows).ndim:
-            return None
-        # A mean of all sends what it averages twice, less a part; gathering, what each rank has, to every other.
-        if 2 * _value(gradient).nbytes - self._ranks * _value(values).nbytes < WORTH:
-            return None
-        if mask is not None:  # what is not to be added adds nothing
-            with gradient.graph.inserting_before(gradient):
-                nothing = _call_on(
-                    gradient.graph, ATEN.full.default, [], 0, dtype=_value(values).dtype, device=_value(values).device
-                )
-                values = _call(ATEN.where.self, mask, values, nothing)
-        return rows, values
-
     def _packed(self, gradients: Sequence[Node]) -> Node:
-        """Gradients one after another in memory order, ready to be added up."""
+        """Gradients one after another in memory order, divided by the number of ranks, in the type that travels."""
         parts = []
         for node in gradients:
             value = _value(node)
             if _channels_last(value):
                 node = _call(ATEN.permute.default, node, [0, 2, 3, 1])
             parts.append(_call(ATEN.reshape.default, node, [value.numel()]))
-        return self._scaled(_call(ATEN.cat.default, parts) if len(parts) > 1 else parts[0])
-
-    def _scaled(self, node: Node) -> Node:
-        """Divided by the number of ranks, in the type that travels."""
-        node = _call(ATEN.mul.Tensor, node, 1 / self._ranks)
-        return node if self._wire is None else _converted(node, self._wire)
+        flat = _call(ATEN.mul.Tensor, _call(ATEN.cat.default, parts) if len(parts) > 1 else parts[0], 1 / self._ranks)
+        return flat if self._wire is None else _converted(flat, self._wire)
 
 
 def cut(sizes: Sequence[int], types: Sequence[torch.dtype], bucket: float) -> list[list[int]]:
@@ -169,12 +118,6 @@ def _unpacked(flat: Node, begin: int, like: Tensor) -> Node:
     return _call(ATEN.reshape.default, node, list(like.shape))
 
 
-def _scattered(rows: Node, values: Node, like: Tensor) -> Node:
-    """A lookup's gradient from all ranks' row numbers and what to add to these rows."""
-    table = _call_on(rows.graph, ATEN.full.default, list(like.shape), 0, dtype=like.dtype, device=like.device)
-    return _call(ATEN.index_put.default, table, [rows], _converted(values, like.dtype), True)
-
-
 def _converted(node: Node, dtype: torch.dtype) -> Node:
     return node if _value(node).dtype == dtype else _call(torch.ops.prims.convert_element_type.default, node, dtype)
 
@@ -190,13 +133,8 @@ def _value(node: Node) -> Tensor:
 
 def _call(operator: Any, *args: Any) -> Node:
     """A node where the graph is being written, and what it would give."""
-    graph = next(node for arg in args for node in (arg if isinstance(arg, list) else [arg]) if isinstance(node, Node)).graph
-    return _call_on(graph, operator, *args)
-
-
-def _call_on(graph: Graph, operator: Any, *args: Any, **settings: Any) -> Node:
-    node = graph.call_function(operator, args, settings)
-    mode = next(other.meta["val"].fake_mode for other in graph.nodes if isinstance(other.meta.get("val"), Tensor))
-    with mode:
-        node.meta["val"] = operator(*map_arg(args, _value), **settings)
+    nodes = [node for arg in args for node in (arg if isinstance(arg, list) else [arg]) if isinstance(node, Node)]
+    node = nodes[0].graph.call_function(operator, args)
+    with nodes[0].meta["val"].fake_mode:
+        node.meta["val"] = operator(*map_arg(args, _value))
     return node
