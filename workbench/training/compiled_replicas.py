@@ -45,7 +45,7 @@ class CompiledReplicas(Parallel):
         }
         buffers = [buffer for name, buffer in objective.named_buffers() if name not in constants and id(buffer) not in apart]
         self._buffers = [buffer for buffer in buffers if buffer.is_floating_point()]
-        self.payload, self.marked = payload(objective, communication, None), marked(world.device)
+        self.payload, self.marked = payload(objective, communication, None), marked(next(objective.parameters()).device)
         compile_whole(objective, mode, self._averaging())
         self.forward = self._first
 
@@ -57,7 +57,7 @@ class CompiledReplicas(Parallel):
 
     def _first(self, x: Any, y: Any) -> Tensor:
         try:
-            loss: Tensor = self.objective(x, y)
+            loss = self._compute(x, y)
         except Unsupported as error:
             reason = str(error).strip().splitlines()[0]
             logging.getLogger(__name__).warning("Not one graph (%s): DDP exchanges gradients after what is compiled.", reason)

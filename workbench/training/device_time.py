@@ -34,14 +34,16 @@ def stamp(out: Tensor) -> None:
 
 @torch.library.custom_op("workbench::mark", mutates_args=())
 def mark(value: Tensor) -> Tensor:
-    """A copy of ``value``; when the device comes to it is noted in :func:`marked`."""
-    stamp(marked(value.device))
-    return value.clone()
+    """The time at which the device comes to it, which is once ``value`` is computed; noted in :func:`marked` too."""
+    now = torch.empty_like(marked(value.device))
+    stamp(now)
+    marked(value.device).copy_(now)
+    return now
 
 
 @mark.register_fake
 def _(value: Tensor) -> Tensor:
-    return torch.empty_like(value)
+    return value.new_empty(1, dtype=torch.int64)
 
 
 def moments(*stamps: Tensor) -> Iterator[Moment]:

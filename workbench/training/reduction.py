@@ -59,13 +59,14 @@ class Averaging:
         sizes, types = [_value(outputs[place]).nbytes for place in places], [_value(outputs[place]).dtype for place in places]
         buckets = [[places[index] for index in bucket] for bucket in cut(sizes, types, self._bucket)]
         sent: list[tuple[list[int], Node]] = []
+        moment: Node | None = None
         for bucket in buckets:
             bucket.sort(key=lambda place: -math.gcd(_value(outputs[place]).numel(), ALIGNED))
             newest = max((inputs[-1], *(outputs[place] for place in bucket)), key=lambda node: order[node])
             with graph.inserting_before(newest.next):
                 flat = self._packed([outputs[place] for place in bucket])
                 if bucket is buckets[-1]:
-                    flat = _call(torch.ops.workbench.mark.default, flat)
+                    moment = _call(torch.ops.workbench.mark.default, _call(ATEN.slice.Tensor, flat, 0, 0, 1))
                 sent.append((bucket, _call(C10D.all_reduce.default, flat, "sum", self._group)))
         with graph.inserting_before(end):
             for bucket, travelling in sent:
@@ -74,6 +75,9 @@ class Averaging:
                     like = _value(outputs[place])
                     outputs[place] = _unpacked(flat, begin, like)
                     begin += like.numel()
+            if moment is not None:  # an operator whose result nothing depends on would be left out
+                least = min(buckets[-1], key=lambda place: _value(outputs[place]).numel())
+                outputs[least] = _with_nothing_of(moment, outputs[least])
         end.args = (outputs,)
 
     def _packed(self, gradients: Sequence[Node]) -> Node:
@@ -116,6 +120,12 @@ def _unpacked(flat: Node, begin: int, like: Tensor) -> Node:
         n, c, h, w = like.shape
         return _call(ATEN.permute.default, _call(ATEN.reshape.default, node, [n, h, w, c]), [0, 3, 1, 2])
     return _call(ATEN.reshape.default, node, list(like.shape))
+
+
+def _with_nothing_of(moment: Node, gradient: Node) -> Node:
+    """``gradient`` as it is, once ``moment``, a time after 1970, is known."""
+    before = _call(ATEN.reshape.default, _call(ATEN.lt.Scalar, moment, 0), [])
+    return _call(ATEN.add.Tensor, gradient, _converted(before, _value(gradient).dtype))
 
 
 def _converted(node: Node, dtype: torch.dtype) -> Node:
