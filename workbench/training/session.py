@@ -71,10 +71,7 @@ def execute(run: Run, attempt: int, *, data: Any = None) -> Trainer:
             stack.callback(control.close)
             world = with_others(world, config)
             with flags(config, world), interruptible(control):
-                trainer = _build(config, run, recorder, control, world, data)
-                stack.callback(trainer.batches.close)
-                stack.callback(trainer.precision.release)
-                stack.callback(trainer.snapshots.close)
+                trainer = _build(config, run, recorder, control, world, data, stack)
                 trainer.fit()
                 _finish(trainer, run, recorder, world)
             return trainer
@@ -107,19 +104,29 @@ def _config(run: Run) -> TrainConfig:
     return config if attempt is None or attempt.mesh is None else config.override({"mesh": attempt.mesh})
 
 
-def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, world: World, data: Any) -> Trainer:
-    """Settle what the config leaves open, each question once there is what it goes by, and put the trainer together."""
+def _build(
+    config: TrainConfig, run: Run, recorder: Recorder, control: Control, world: World, data: Any, stack: ExitStack
+) -> Trainer:
+    """Settle what the config leaves open, each question once there is what it goes by, and put the trainer together.
+
+    Args:
+        stack: takes what is to be undone afterwards, whether or not all of it succeeds.
+    """
     config = sources.as_kept(config, run.path)
     decided = decisions.Decisions(run.resolved)
     subject = load_subject(config, run.path, world, decided, data)
     model, batches, mesh = subject.model, subject.batches, subject.mesh
+    stack.callback(batches.close)
+    stack.callback(lambda: subject.precision.release())  # the one that is settled then
     choice = settle_precision(config, subject, decided)
     _divide_layers(config, subject, run.path, decided)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stage = _stage(subject)
     probes = _probes(config, subject, run.path, recorder, decided)
+    stack.callback(probes.detach)
     probes.attach(model, stage.computes if stage is not None else None)
     objective = Objective(model, make_loss(config.loss), config.penalties, _distillation(config, subject, run.path))
+    stack.callback(objective.detach)
     compile_mode = settle_compile(config, subject, objective, choice, decided)
     precision = subject.precision
     budget = _budget(config, subject, probes, run.path, recorder, control, decided)
@@ -131,6 +138,7 @@ def _build(config: TrainConfig, run: Run, recorder: Recorder, control: Control, 
     memory = settle_memory(config, objective, batches, precision.name, compile_mode, world, decided)
     config = config.model_copy(update={"memory": memory})
     trainer = Trainer(config, objective, batches, precision, compile_mode, budget, recorder, control, mesh, balance, stage)
+    stack.callback(trainer.snapshots.close)
 
     torch.manual_seed(derive_seed(config.seed, mesh.copy))
     draw_apart(world, config.seed, mesh.copy)
