@@ -126,9 +126,11 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, 
         (tmp_path / name).chmod(0o700)
     here = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(Path(__file__).parents[2])}
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "2", "REQUEUED": str(tmp_path / "requeued")}
+    before = psutil.Process().children(recursive=True)
     yield os.environ | here | job
     for process in psutil.Process().children(recursive=True):
-        process.kill()
+        if process not in before:
+            process.kill()
 
 
 def test_two_hosts_train_one_run_and_stop_at_the_time_limit(
