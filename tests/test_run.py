@@ -263,3 +263,21 @@ def test_a_folder_that_is_copied_while_written_opens(author: Author, tmp_path: P
     (tmp_path / "copy" / "events" / "rank-00000.jsonl").write_bytes(content[:-7])
     assert Run.open(tmp_path / "copy").history.empty
     assert os.path.samefile(Run.open(author.run.path).path, author.run.path)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("set", {"rate": 1.0}, "'rate' cannot be changed while training"),
+        ("set", {"lr": -1.0}, "lr=-1.0 must be a finite number"),
+        ("snapshot", {"steps": 51}, "steps=51 must lie between 1 and 50"),
+        ("stop", {"steps": 2}, "'stop' takes no settings, and steps was given"),
+        ("go", {}, "There is no command 'go'"),
+    ],
+)
+def test_a_command_that_no_trainer_obeys_is_refused_where_it_is_given(
+    name: str, settings: dict[str, float], words: str, tmp_path: Path
+) -> None:
+    run = Run.create(TrainConfig(), root=tmp_path)
+    with pytest.raises(RunError, match=words):
+        run.command(name, **settings)

@@ -30,12 +30,25 @@ def post(folder: Path, name: str, settings: Mapping[str, float | str]) -> str:
     return identifier
 
 
-def check_settings(settings: Mapping[str, float | str]) -> None:
-    """Refuse what ``set`` can't change.
+def check(name: str, settings: Mapping[str, float | str]) -> None:
+    """Refuse what no trainer obeys.
 
     Raises:
-        RunError: there is no such setting, or its value is out of range.
+        RunError: there is no such command or setting, or a value is out of range.
     """
+    match name:
+        case "set":
+            _check_set(settings)
+        case "snapshot":
+            if not 1 <= (steps := settings.get("steps", 1)) <= 50:  # type: ignore[operator]
+                raise RunError(f"steps={steps} must lie between 1 and 50.", "Two show what stays from one step to the next.")
+        case _ if name not in COMMANDS:
+            raise RunError(f"There is no command {name!r}.", f"Commands: {', '.join(COMMANDS)}.")
+        case _ if settings:
+            raise RunError(f"The command {name!r} takes no settings, and {', '.join(settings)} was given.")
+
+
+def _check_set(settings: Mapping[str, float | str]) -> None:
     allowed = ("lr", "weight_decay", "peak", "clip_mode", "clip_max_norm")
     for name, value in settings.items():
         if name not in allowed:

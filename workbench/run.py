@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from workbench import launcher, storage
-from workbench.commands import COMMANDS, check_settings, post
+from workbench.commands import check, post
 from workbench.config import Config, load_yaml
 from workbench.errors import RunError
 from workbench.events import Evaluated, Event, Failed, Finding, ReadingsTimed
@@ -248,10 +248,9 @@ class Run:
         """Post a command for the trainer to apply at a step's end; returns the command's id at once.
 
         Raises:
-            RunError: there is no such command, or no process to obey it.
+            RunError: there is no such command or setting, a value is out of range, or there is no process to obey it.
         """
-        if name not in COMMANDS:
-            raise RunError(f"There is no command {name!r}.", f"Commands: {', '.join(COMMANDS)}.")
+        check(name, settings)
         status = self.status
         if status in TERMINAL or status == "created":
             raise RunError(
@@ -280,8 +279,6 @@ class Run:
         Raises:
             RunError: no process is there to obey, or ``steps`` is not from 1 to 50.
         """
-        if not 1 <= steps <= 50:
-            raise RunError(f"steps={steps} must lie between 1 and 50.", "Two show what stays from one step to the next.")
         self.command("snapshot", steps=steps)
 
     def set(self, **settings: float | str) -> None:
@@ -296,7 +293,6 @@ class Run:
         Raises:
             RunError: there is no such setting, its value is out of range, or the run does not train.
         """
-        check_settings(settings)
         self.command("set", **settings)
 
     def resume(self, nproc: int | None = None, *, mesh: Mapping[str, Any] | None = None, restarts: int = 0) -> Self:
