@@ -22,6 +22,8 @@ SPECIAL: dict[str, Any] = {
     "time": st.floats(0, 1e10),
     "lr": st.lists(NUMBERS, max_size=4),
     "samples_per_s": st.none() | NUMBERS,
+    "cost": st.floats(0, 1e9),
+    "overhead": st.floats(0, 1),
 }
 
 

@@ -59,10 +59,12 @@ class ReadingsTimed(_Event):
     """What the probes' readings were found to cost, and how often they come from ``step`` on."""
 
     type: Literal["readings_timed"] = "readings_timed"
-    cost: float = Field(description="Time that a reading adds to its step, as a share of a step without.")
+    cost: float = Field(
+        ge=0, allow_inf_nan=False, description="Time that a reading adds to its step, as a share of a step without."
+    )
     counted: int = Field(description="Readings that this is the median of.")
     every: int = Field(description="Steps from one reading to the next.")
-    overhead: float = Field(description="Share of the training time that readings take: cost / (every + cost).")
+    overhead: float = Field(ge=0, le=1, description="Share of the training time that readings take: cost / (every + cost).")
 
 
 class CheckpointSaved(_Event):

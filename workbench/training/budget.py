@@ -109,6 +109,8 @@ class Budget:
         while self._on_the_way and _reached(self._on_the_way[0][-1]):
             moments = self._on_the_way.popleft()
             usual = seconds_between(*moments[-2:])
+            if usual <= 0:  # less than the clock can tell
+                continue
             self._costs.append(seconds_between(moments[0], moments[-2]) / usual - UNREAD)
             self._fresh += 1
         if self._fresh >= FRESH and self._post is not None:
