@@ -37,10 +37,11 @@ class Averaging:
         wire: type in which they travel, or None for their own.
     """
 
+    file = __file__
+    """What it does is written there: a change of it makes graphs compiled before unfit."""
+
     def __init__(self, group: str, ranks: int, bucket: float, wire: torch.dtype | None) -> None:
         self._group, self._ranks, self._bucket, self._wire = group, ranks, bucket * 2**20, wire
-
-    file = __file__
 
     def __repr__(self) -> str:
         return f"Averaging({self._group}, {self._ranks}, {self._bucket}, {self._wire})"
