@@ -20,6 +20,7 @@ from collections.abc import Callable
 import psutil
 import torch
 
+from tests.processes import ranks
 from workbench import Run, TrainConfig, launch, launcher
 
 CONFIG = TrainConfig(
@@ -83,8 +84,8 @@ def disturbed(nproc: int, victim: int | None, folder: str, restarts: int) -> tup
     assert attempt is not None
     parent = psutil.Process(attempt.process.pid)
     family = [parent, *parent.children(recursive=True)]
-    ranks = {int(child.environ()["RANK"]): child for child in parent.children()} if nproc > 1 or restarts else {0: parent}
-    os.kill((parent if victim is None else ranks[victim]).pid, signal.SIGKILL)
+    workers = ranks(run) if nproc > 1 or restarts else {0: parent}
+    os.kill((parent if victim is None else workers[victim]).pid, signal.SIGKILL)
     return run, family, time.monotonic()
 
 

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
-from workbench import Run, TrainConfig, launch, launcher, train
+from tests.processes import ranks
+from workbench import TrainConfig, launch, launcher, train
 from workbench.errors import WorkbenchError
 
 CONFIG = TrainConfig(
@@ -64,12 +64,6 @@ def test_a_run_that_runs_out_of_memory_here_gives_it_back() -> None:
     del wall
     torch.cuda.empty_cache()
     assert before - free(0) < SLACK, held.value
-
-
-def ranks(run: Run) -> dict[int, psutil.Process]:
-    attempt = launcher.Attempt.latest(run.path)
-    assert attempt is not None and attempt.supervised
-    return {int(child.environ()["RANK"]): child for child in psutil.Process(attempt.process.pid).children()}
 
 
 @pytest.mark.parametrize("nproc", [1, 2])

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.forked import Nursery
+from tests.processes import ranks
 from workbench import Run, TrainConfig, launch, launcher
 from workbench.events import AttemptStarted
 from workbench.storage import Journal
@@ -34,13 +35,6 @@ def undisturbed(slow: TrainConfig, nursery: Nursery, tmp_path_factory: pytest.Te
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "subprocess", nursery)
         return launch(slow.override({"model.args": {}}), nproc=2, root=tmp_path_factory.mktemp("undisturbed")).wait(timeout=120)
-
-
-def ranks(run: Run) -> dict[int, psutil.Process]:
-    """Processes of the ranks of the latest attempt."""
-    attempt = launcher.Attempt.latest(run.path)
-    assert attempt is not None and attempt.supervised
-    return {int(child.environ()["RANK"]): child for child in psutil.Process(attempt.process.pid).children()}
 
 
 def stepped(run: Run, steps: int, attempt: int = 1) -> Callable[[], bool]:
