@@ -6,7 +6,8 @@ The jobs of ``tests.bench.training``, one batch that never changes on each rank:
 where not said otherwise.
 
 * ``alone``         — every rank for itself.
-* ``within``        — gradients averaged within the compiled pass, in fp32 or bf16, in buckets of 25 MiB, of others, or whole.
+* ``within``        — gradients averaged within the compiled pass, in fp32 or bf16, in buckets of 25 MiB, of others, or whole;
+  ``in order``: without computing other gradients while a large one travels. What NCCL may take of a GPU: ``NCCL_MAX_CTAS``.
 * ``DDP``           — DistributedDataParallel around the compiled objective, and around the eager one: plain PyTorch.
 * ``shard``         — weights, gradients and optimizer state spread over the ranks (FSDP2), blocks compiled for themselves.
 
@@ -33,18 +34,21 @@ from torch import nn
 from tests.bench.peers import CUDA, DEVICE, Job, synchronize
 from tests.bench.training import JOBS
 from workbench.distributed import World
+from workbench.training import reduction
 from workbench.training.communication_config import CommunicationConfig
 from workbench.training.compilation import compile_whole
 from workbench.training.mesh import Mesh
 from workbench.training.objective import Objective
 from workbench.training.parallel import Parallel, Replicated, parallelize
 
+SHADE = reduction.SHADE
 CAPTURED = "reduce-overhead" if CUDA else "default"
 WARM, BLOCK, BLOCKS = (12, 30, 5) if CUDA else (1, 2, 2)
 WAYS: dict[str, dict[str, Any]] = {
     "alone": {},
     "within, fp32": {"compress": "off"},
     "within, bf16": {"compress": "bf16"},
+    "within, fp32, in order": {},
     "within, fp32, 8 MiB": {"bucket": 8.0},
     "within, fp32, 100 MiB": {"bucket": 100.0},
     "within, fp32, whole": {"bucket": "whole"},
@@ -58,6 +62,7 @@ def joined(way: str, objective: Objective, world: World) -> Parallel:
     """``objective`` on this rank, joined with the others in one way."""
     plain = Mesh({"replicate": world.size, "shard": 1}, world)
     settings = CommunicationConfig(**WAYS[way])
+    reduction.SHADE = 0.0 if way.endswith("in order") else SHADE
     match way.split(", "):
         case ["alone"]:
             compile_whole(objective, CAPTURED)

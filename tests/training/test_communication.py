@@ -65,35 +65,58 @@ def test_compiled_copies_exchange_gradients_within_the_backward_pass(found: list
         assert compiled["bf16"]["distance"] > 1e-5
 
 
-def test_what_a_compiled_pass_sends() -> None:
-    """Buckets where their last gradient is there, smaller ones at the end; waits after everything else."""
+def sent(model: nn.Module, x: torch.Tensor, bucket: float) -> list[str]:
+    """Operators of the joint graph of ``model``, its gradients averaged in buckets of so many MiB."""
     from functorch.compile import default_partition, nop
     from torch._dynamo.backends.common import aot_autograd
     from torch._inductor.decomposition import select_decomp_table
 
-    from workbench.training.reduction import Averaging, cut
+    from workbench.training.reduction import Averaging
 
-    single, half = torch.float32, torch.bfloat16
-    assert cut([8, 8, 8, 8, 8, 3, 1, 1], [single] * 8, 16) == [[0], [1, 2], [3, 4], [5], [6, 7]]
-    assert cut([1, 1, 1], [single, half, half], math.inf) == [[0], [1, 2]] and cut([], [], 1) == []
     seen: list[str] = []
 
     def divide(joint: torch.fx.GraphModule, inputs: Any, **settings: Any) -> Any:
-        Averaging("0", 2, 0.001, None)(joint.graph)
+        Averaging("0", 2, bucket, None)(joint.graph)
         joint.graph.lint()
         seen.extend(str(node.target) for node in joint.graph.nodes)
         return default_partition(joint, inputs, **settings)
 
     backend = aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=divide, decompositions=select_decomp_table())
     torch.compiler.reset()
-    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
-    torch.compile(model, backend=backend, fullgraph=True)(torch.randn(2, 16))
+    torch.compile(model, backend=backend, fullgraph=True)(x)
     torch.compiler.reset()
+    return seen
+
+
+def test_what_a_compiled_pass_sends() -> None:
+    """Buckets where their last gradient is there, smaller ones at the end; waits after everything else."""
+    from workbench.training.reduction import cut
+
+    single, half = torch.float32, torch.bfloat16
+    assert cut([8, 8, 8, 8, 8, 3, 1, 1], [single] * 8, 16) == [[0], [1, 2], [3, 4], [5], [6, 7]]
+    assert cut([1, 1, 1], [single, half, half], math.inf) == [[0], [1, 2]] and cut([], [], 1) == []
+    seen = sent(nn.Sequential(*(nn.Linear(16, 16) for _ in range(4))), torch.randn(2, 16), 0.001)
     names = [name.split(".")[1] for name in seen if "c10d" in name]
     assert names == ["all_reduce"] * 8 + ["wait_tensor"] * 8
     # The last layer's gradients, which come first, have set out before those of the next are computed.
     assert any("mm" in name for name in seen[seen.index("_c10d_functional.all_reduce.default") :])
     assert seen.index("workbench.mark.default") == max(i for i, name in enumerate(seen) if "all_reduce" in name) - 1
+
+
+def test_a_large_embedding_travels_while_other_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of matrices of twice its bytes, if there are so many, and no others: not vectors', nor what it needs itself."""
+    from workbench.training import reduction
+
+    def behind(layers: int) -> int:
+        """Products computed when the embedding has set out, of a model with so many layers."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(64, 16), *(nn.Linear(16, 16) for _ in range(layers)))
+        seen = sent(model, torch.tensor([[1, 2], [3, 4]]), 3.9 / 1024)  # of 4 KiB, with matrices of one
+        return sum("mm" in name for name in seen[max(i for i, name in enumerate(seen) if "index_put" in name) :])
+
+    assert behind(12) == 8 and behind(3) == 3
+    monkeypatch.setattr(reduction, "SHADE", 0.0)
+    assert behind(12) == 0
 
 
 def test_low_rank_factors_keep_back_what_they_do_not_tell(found: list[dict[str, Any]]) -> None:

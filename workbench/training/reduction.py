@@ -11,7 +11,7 @@ Ranks may compile for batches of other shapes: all exchange the same buckets in 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,12 @@ ATEN, C10D = torch.ops.aten, torch.ops._c10d_functional
 
 ALIGNED = 64
 """Elements to whose multiples gradients are sorted within a bucket: kernels read several at once, from aligned addresses."""
+
+SHADE = 2.0
+"""Bytes of other matrices' gradients to compute while a large one travels, as a multiple of its own: those travel after it, and
+the last of them should be computed when the wire is free again. On H200s a matrix of BERT takes 1.6 times as long to compute at
+8,192 tokens as to send.
+"""
 
 
 class Averaging:
@@ -53,9 +59,10 @@ class Averaging:
             return  # no backward pass
         end = next(node for node in reversed(graph.nodes) if node.op == "output")
         outputs: list[Any] = list(end.args[0])
-        order = {node: place for place, node in enumerate(graph.nodes)}
         # A joint graph gives its outputs, then by input a gradient or None.
         places = [place for place in range(len(outputs) - len(primals), len(outputs)) if outputs[place] is not None]
+        put_matrices_off({outputs[place] for place in places}, self._bucket)
+        order = {node: place for place, node in enumerate(graph.nodes)}
         places.sort(key=lambda place: order[outputs[place]])
         sizes, types = [_value(outputs[place]).nbytes for place in places], [_value(outputs[place]).dtype for place in places]
         buckets = [[places[index] for index in bucket] for bucket in cut(sizes, types, self._bucket)]
@@ -91,6 +98,41 @@ class Averaging:
             parts.append(_call(ATEN.reshape.default, node, [value.numel()]))
         flat = _call(ATEN.mul.Tensor, _call(ATEN.cat.default, parts) if len(parts) > 1 else parts[0], 1 / self._ranks)
         return flat if self._wire is None else _converted(flat, self._wire)
+
+
+def put_matrices_off(gradients: Collection[Node], bucket: float) -> None:
+    """Compute other matrices' gradients behind the last one of more than ``bucket`` bytes, as nothing waits for them, until
+    :data:`SHADE` times its bytes follow it.
+
+    A text model's largest gradient, its embedding's, is its last: else it would travel when there is nothing left to compute.
+    """
+    nodes = list(next(iter(gradients)).graph.nodes) if gradients else []
+    ordered = [node for node in nodes if node in gradients]
+    last = next((place for place in reversed(range(len(ordered))) if _value(ordered[place]).nbytes > bucket), None)
+    if last is None:
+        return
+    large = ordered[last]
+    missing = SHADE * _value(large).nbytes - sum(_value(node).nbytes for node in ordered[last + 1 :])
+    needed = {large}
+    for node in reversed(nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    chosen: set[Node] = set()
+    for node in reversed(ordered[:last]):
+        if missing > 0 and _value(node).ndim > 1 and node not in needed:
+            chosen.add(node)
+            missing -= _value(node).nbytes
+    moved: set[Node] = set()
+    before = nodes[: nodes.index(large)]
+    for node in reversed(before):
+        users = {user for user in node.users if user.op != "output"} if node in chosen else node.users
+        if node.op == "call_function" and (users or node in chosen) and all(user in moved for user in users):
+            moved.add(node)
+    place = large
+    for node in before:
+        if node in moved:
+            place.append(node)
+            place = node
 
 
 def cut(sizes: Sequence[int], types: Sequence[torch.dtype], bucket: float) -> list[list[int]]:
