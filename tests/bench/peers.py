@@ -236,14 +236,17 @@ def hugging_face(job: Job, epochs: int, workers: int, compiled: bool = False) ->
     return job.batch * job.steps * (epochs - 1) / (clock.end - clock.start)
 
 
-def workbench(job: Job, ranks: int, epochs: int, changes: dict[str, Any]) -> float:
-    """The workbench from config to run folder, the Inspector at its default."""
+def workbench(
+    job: Job, ranks: int, epochs: int, changes: dict[str, Any], look: Callable[[Run], None] = lambda run: None
+) -> float:
+    """The workbench from config to run folder, the Inspector at its default; ``look`` is shown the run."""
     config = job.config(ranks).override(
         {"epochs": epochs, "precision": "bf16", "eval_every": 0, "checkpoint.every_epochs": 0, **changes}
         | ({} if CUDA else {"log_every": 1})
     )
     with tempfile.TemporaryDirectory() as root:
         run = launch(config, ranks, root=root).wait() if ranks > 1 else train(config, root=root).run
+        look(run)
         return rate(run)
 
 

@@ -50,7 +50,7 @@ class Averaging:
         self._group, self._ranks, self._bucket, self._wire = group, ranks, bucket * 2**20, wire
 
     def __repr__(self) -> str:
-        return f"Averaging({self._group}, {self._ranks}, {self._bucket}, {self._wire})"
+        return f"Averaging({self._group}, {self._ranks}, {self._bucket}, {self._wire}, {SHADE})"
 
     def __call__(self, graph: Graph) -> None:
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
