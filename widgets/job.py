@@ -50,8 +50,8 @@ class Job:
                 env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": paths},
                 start_new_session=True,
             )
-        threading.Thread(target=child.wait, daemon=True).start()  # else it stays a zombie
         write_atomic(folder / STARTED, json.dumps({"process": asdict(Process.of(child.pid)), "time": time.time()}))
+        threading.Thread(target=child.wait, daemon=True).start()  # else it stays a zombie; not sooner, or it may be gone
         return cls(folder)
 
     @property

@@ -253,9 +253,9 @@ def _spawn(folder: Path, nproc: int, attempt: int, command: list[str]) -> Proces
             env=environment,
             start_new_session=True,
         )
+    process = Process.of(child.pid)  # until somebody waits for it, it is there, though it may have ended
     _children[child.pid] = child
     threading.Thread(target=child.wait, name="workbench-child", daemon=True).start()  # else it stays a zombie
-    process = Process.of(child.pid)
     claimed = Attempt.latest(folder)
     supervised = "workbench.supervisor" in command
     record(folder, attempt, nproc, process, claimed.mesh if claimed else None, supervised=supervised)

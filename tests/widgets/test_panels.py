@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from widgets import RunList, TrainPanel
@@ -18,6 +20,7 @@ from widgets.job import Job
 from workbench import events
 from workbench.cluster import CLUSTERS
 from workbench.errors import RunError
+from workbench.launcher import Process
 from workbench.run import Run
 from workbench.training.config import TrainConfig
 
@@ -135,7 +138,7 @@ class TestTrainPanel:
         assert panel.run.id == going.run.id
         until(lambda: len(panel._loss.arrays("loss")[0]) == 30)
         assert panel._loss.arrays("loss")[0][0] == 1
-        assert panel._metric is not None
+        until(lambda: panel._metric is not None)
         assert panel.config.epochs == 9
         panel.close()
 
@@ -260,6 +263,16 @@ class TestJob:
         other.wait(30)
         assert "division by zero" in other.problem()
         assert "<details" in other.problem()
+
+    def test_a_job_over_before_its_process_is_known_has_its_result(
+        self, tmp_path: Path, until: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def late(pid: int) -> Process:
+            until(lambda: (tmp_path / "job" / "result.json").exists() and psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+            return Process(socket.gethostname(), pid, psutil.Process(pid).create_time())
+
+        monkeypatch.setattr(Process, "of", late)
+        assert Job.start(tmp_path / "job", "x = 1").status == "finished"
 
     def test_a_killed_job_is_lost(self, tmp_path: Path, until: Callable[..., Any]) -> None:
         job = Job.start(tmp_path / "job", "import time\ntime.sleep(60)")
