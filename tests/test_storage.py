@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.errors import RunError
-from workbench.storage import Journal, SegmentWriter, read_lines, read_segments, write_atomic
+from workbench.storage import Journal, SegmentReader, SegmentWriter, read_lines, write_atomic
 
 LINES = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r"), max_size=30), max_size=12)
 
@@ -157,27 +157,72 @@ def test_a_file_that_fails_to_be_written_leaves_the_old_one_and_no_scrap(tmp_pat
 def test_files_are_their_owners_alone(tmp_path: Path) -> None:
     write_atomic(tmp_path / "file", "x")
     Journal(tmp_path / "journal").close()
+    SegmentWriter(tmp_path, 1, 0).write("memory", pa.table({"step": [1]}), 1)
     assert {path.stat().st_mode & 0o077 for path in tmp_path.iterdir()} == {0}
 
 
+def steps_of(reader: SegmentReader, kind: str = "gradients") -> list[tuple[int, int, list[int]]]:
+    return [(attempt, rank, table["step"].to_pylist()) for attempt, rank, table in reader.read(kind)]
+
+
 def test_segments_appear_whole_in_order_and_once(tmp_path: Path) -> None:
-    seen: set[str] = set()
-    assert list(read_segments(tmp_path, "gradients", seen)) == []
+    reader = SegmentReader(tmp_path)
+    assert steps_of(reader) == []
     for attempt, rank, step in [(2, 0, 5), (1, 0, 10), (1, 1, 10), (1, 0, 2)]:
         SegmentWriter(tmp_path, attempt, rank).write("gradients", pa.table({"step": [step]}), step)
     SegmentWriter(tmp_path, 1, 0).write("activations", pa.table({"step": [1]}), 1)
-    (tmp_path / ".gradients-a0001-r00000-s000000003.arrow.x.tmp").write_bytes(b"torn")  # of a writer that was killed
-    found = [(attempt, rank, table["step"].to_pylist()) for attempt, rank, table in read_segments(tmp_path, "gradients", seen)]
-    assert found == [(1, 0, [2]), (1, 0, [10]), (1, 1, [10]), (2, 0, [5])]
+    assert steps_of(reader) == [(1, 0, [2]), (1, 0, [10]), (1, 1, [10]), (2, 0, [5])]
     SegmentWriter(tmp_path, 2, 0).write("gradients", pa.table({"step": [6]}), 6)
-    assert [table["step"].to_pylist() for _, _, table in read_segments(tmp_path, "gradients", seen)] == [[6]]
+    assert steps_of(reader) == [(2, 0, [6])] and steps_of(reader) == []
+
+
+def test_a_segment_grows_and_any_part_of_it_reads_as_the_tables_that_are_whole(tmp_path: Path) -> None:
+    """A reader that meets every length of the file, as of a writer that is slow or was killed."""
+    writer, other = SegmentWriter(tmp_path / "readings", 1, 0), tmp_path / "other"
+    ends, tables = [], [pa.table({"step": [step] * 3, "layer": ["a", "b", "c"], "norm": [float(step)] * 3}) for step in range(3)]
+    for step, table in enumerate(tables):
+        path = writer.write("gradients", pa.concat_tables([table, table]), step)
+        ends.append(path.stat().st_size)
+    assert [file.name for file in (tmp_path / "readings").iterdir()] == ["gradients-a0001-r00000-s000000000.arrows"]
+    content = path.read_bytes()
+    other.mkdir()
+    reader, found = SegmentReader(other), []
+    for length in range(0, len(content) + 1, 1):
+        (other / path.name).write_bytes(content[:length])
+        found += [table for _, _, table in reader.read("gradients")]
+        assert len(found) == sum(length >= end for end in ends), length
+    assert [table.to_pylist() for table in found] == [table.to_pylist() * 2 for table in tables]
+    assert pa.ipc.open_stream(content).read_all().num_rows == 18  # what any other reader of Arrow makes of it
+
+
+def test_other_columns_begin_another_segment(tmp_path: Path) -> None:
+    writer = SegmentWriter(tmp_path, 1, 0)
+    for step, columns in enumerate([{"a": [1]}, {"a": [1]}, {"a": [1.0]}, {"a": [2.0], "b": [1]}]):
+        writer.write("memory", pa.table({"step": [step], **columns}), step)
+    writer.close()
+    assert sorted(path.stem[-1] for path in tmp_path.iterdir()) == ["0", "2", "3"]
+    assert [table.to_pylist()[0] for _, _, table in SegmentReader(tmp_path).read("memory")] == [
+        {"step": 0, "a": 1}, {"step": 1, "a": 1}, {"step": 2, "a": 1.0}, {"step": 3, "a": 2.0, "b": 1},
+    ]  # fmt: skip
+
+
+def test_a_table_that_found_no_room_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, reader, write = SegmentWriter(tmp_path, 1, 0), SegmentReader(tmp_path), os.write
+    table = pa.table({"step": [1]})
+    for step in (1, 2):  # with the columns, and after them
+        monkeypatch.setattr(os, "write", lambda descriptor, content: write(descriptor, content[: len(content) // 2]))
+        with pytest.raises(RunError, match="is full"):
+            writer.write("memory", table, step)
+        monkeypatch.undo()
+        writer.write("memory", table, step)
+        assert steps_of(reader, "memory") == [(1, 0, [1])]
 
 
 def test_a_kind_whose_name_starts_another_is_not_mixed_up(tmp_path: Path) -> None:
     SegmentWriter(tmp_path, 1, 0).write("grad", pa.table({"step": [1]}), 1)
     SegmentWriter(tmp_path, 1, 0).write("grad-advanced", pa.table({"step": [2]}), 2)
-    assert [table["step"].to_pylist() for _, _, table in read_segments(tmp_path, "grad", set())] == [[1]]
-    assert [table["step"].to_pylist() for _, _, table in read_segments(tmp_path, "grad-advanced", set())] == [[2]]
+    reader = SegmentReader(tmp_path)
+    assert steps_of(reader, "grad") == [(1, 0, [1])] and steps_of(reader, "grad-advanced") == [(1, 0, [2])]
 
 
 def test_a_journal_is_read_while_it_is_written(tmp_path: Path) -> None:

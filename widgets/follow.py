@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +13,10 @@ from workbench.run import TERMINAL, Run
 
 PERIOD = 0.25
 """Least seconds between two looks."""
+GLANCE = 0.02
+"""Seconds between two glances at whether the run's files have grown; more where a glance takes long."""
+PATIENCE = 1.0
+"""Seconds after which to look though nothing has grown: a process may have ended without a word, or a file system be late."""
 
 
 class Follower:
@@ -21,12 +27,17 @@ class Follower:
         on_events: called with (events, anew): the events since the last call; ``anew`` when what was handed over before no
             longer counts, as after a restart from a checkpoint.
         on_look: called after each look, with the run's status.
+        period: least seconds between two looks.
     """
 
     def __init__(
-        self, run: Run, on_events: Callable[[Sequence[events.Event], bool], None], on_look: Callable[[str], None]
+        self,
+        run: Run,
+        on_events: Callable[[Sequence[events.Event], bool], None],
+        on_look: Callable[[str], None],
+        period: float = PERIOD,
     ) -> None:
-        self.run = run
+        self.run, self._period = run, period
         self._on_events, self._on_look = on_events, on_look
         self._seen: list[events.Event] = []
         self._closed = threading.Event()
@@ -51,7 +62,7 @@ class Follower:
 
     def _watch(self) -> None:
         while not self._closed.is_set():
-            started = time.thread_time()
+            started, sizes = time.thread_time(), self._sizes()
             attempt = launcher.Attempt.latest(self.run.path)
             status = self.run.status  # before the events: a run that ended in between is looked at once more
             self._look()
@@ -63,7 +74,23 @@ class Follower:
             if status in TERMINAL:
                 self._wait_for_a_restart(attempt)
                 continue
-            self._closed.wait(max(PERIOD, 10 * (time.thread_time() - started)))
+            self._closed.wait(max(self._period, 10 * (time.thread_time() - started)))
+            self._wait_for_more(sizes)
+
+    def _wait_for_more(self, sizes: dict[str, int]) -> None:
+        latest = time.monotonic() + PATIENCE
+        while time.monotonic() < latest:
+            began = time.monotonic()
+            if self._sizes() != sizes or self._closed.wait(max(GLANCE, 20 * (time.monotonic() - began))):
+                return
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of the files that grow while a run trains."""
+        found: dict[str, int] = {}
+        for name in ("events", "readings", "attempts"):
+            with contextlib.suppress(FileNotFoundError), os.scandir(self.run.path / name) as entries:
+                found |= {entry.path: entry.stat().st_size for entry in entries}
+        return found
 
     def _wait_for_a_restart(self, attempt: launcher.Attempt | None) -> None:
         """A run that stopped, failed or was lost may be resumed, here or elsewhere: one look a second at its attempts."""

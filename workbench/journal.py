@@ -79,11 +79,11 @@ def history_of(said: Iterable[events.Event]) -> pd.DataFrame:
 
 
 class ReadingsReader:
-    """Readings of all ranks, each segment read once."""
+    """Readings of all ranks, each table read once."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._parts: dict[str, tuple[set[str], list[tuple[int, int, Any]]]] = {}
+        self._folder, self._segments = folder, storage.SegmentReader(folder)
+        self._parts: dict[str, list[tuple[int, int, Any]]] = {}
         self._lock = threading.Lock()
 
     def frame(self, kind: str, limits: dict[int, float]) -> pd.DataFrame:
@@ -99,11 +99,11 @@ class ReadingsReader:
         import pandas as pd
 
         with self._lock:
-            seen, parts = self._parts.setdefault(kind, (set(), []))
-            parts.extend(storage.read_segments(self._folder, kind, seen))
+            parts = self._parts.setdefault(kind, [])
+            parts.extend(self._segments.read(kind))
             parts = list(parts)
         if not parts:
-            kinds = sorted({p.name.rsplit("-", 3)[0] for p in self._folder.glob("*.arrow")})
+            kinds = sorted({p.name.rsplit("-", 3)[0] for p in self._folder.glob("*.arrows")})
             if kinds and kind not in ("gradients", "activations", "memory", "communication"):
                 raise RunError(f"This run has no readings named {kind!r}.", f"It has: {', '.join(kinds)}.")
             return pd.DataFrame({"step": pd.Series(dtype="int64"), "rank": pd.Series(dtype="int64")})

@@ -2,7 +2,7 @@
 
 * :func:`write_atomic` — whole files: temporary name, fsync, rename.
 * :class:`Journal` / :func:`read_lines` — append-only JSON lines; a reader goes on from a byte cursor and stops at a torn tail.
-* :class:`SegmentWriter` / :func:`read_segments` — tables of readings as immutable Arrow files.
+* :class:`SegmentWriter` / :class:`SegmentReader` — tables of readings in Arrow streams that grow; the same holds for them.
 * :func:`dump_object` / :func:`load_dumped` — Python objects by cloudpickle, opened only from the owner's own files.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import io
 import os
 import pickle
 import tempfile
@@ -98,17 +99,14 @@ class Journal:
 
     def append(self, line: str, *, durable: bool = False) -> None:
         """Write one line; with ``durable``, return only once it would survive a power cut."""
-        content = line.encode() + b"\n"
-        try:
-            written = os.write(self._descriptor, content)
-            if written < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._size += written
-            if durable:
+        written = _append(self._descriptor, line.encode() + b"\n", self._size, self.path)
+        if durable:
+            try:
                 os.fsync(self._descriptor)
-        except OSError as error:
-            os.ftruncate(self._descriptor, self._size)
-            raise as_run_error(error, self.path) from error
+            except OSError as error:
+                os.ftruncate(self._descriptor, self._size)
+                raise as_run_error(error, self.path) from error
+        self._size += written
 
     def sync(self) -> None:
         os.fsync(self._descriptor)
@@ -145,36 +143,131 @@ def read_lines(path: Path, cursor: int = 0) -> tuple[list[bytes], int]:
 
 
 class SegmentWriter:
-    """Tables of one kind of reading, one immutable Arrow file a call, named by attempt, rank and first step."""
+    """Tables of readings, each appended by one call to the Arrow stream of its kind, or taken back.
+
+    A stream is named by attempt, rank and its first step, ``KIND-a0001-r00000-s000000001.arrows``: a tail torn by a kill is never
+    written on. Columns that differ from those before begin another stream. One process writes for a rank.
+    """
 
     def __init__(self, folder: Path, attempt: int, rank: int) -> None:
         self.folder, self.attempt, self.rank = folder, attempt, rank
+        self._streams: dict[str, _Stream] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, kind: str, table: pa.Table, step: int) -> Path:
-        """Write ``table``; it appears whole or not at all."""
+        """Append ``table``, whose first step is ``step``; the file it is in.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        stream = self._streams.get(kind)
+        if stream is None or not stream.schema.equals(table.schema):
+            if stream is not None:
+                stream.close()
+            path = self.folder / f"{kind}-a{self.attempt:04d}-r{self.rank:05d}-s{step:09d}.arrows"
+            stream = self._streams[kind] = _Stream(path, table.schema)
+        stream.append(table)
+        return stream.path
+
+    def sync(self) -> None:
+        """Make what was written survive a power cut."""
+        for stream in self._streams.values():
+            os.fsync(stream.descriptor)
+        if self._streams:
+            fsync_folder(self.folder)
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
+
+
+class _Stream:
+    """A growing file in Arrow's stream format: the columns, then one message a table."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path, self.schema, self._size = path, schema, 0
+        self._begin()
+        try:
+            self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        except OSError as error:
+            raise as_run_error(error, path) from error
+
+    def _begin(self) -> None:
         import pyarrow as pa
 
-        def fill(file: BinaryIO) -> None:
-            with pa.ipc.new_file(file, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-                writer.write_table(table)
+        self._message = io.BytesIO()
+        self._writer = pa.ipc.new_stream(self._message, self.schema, options=pa.ipc.IpcWriteOptions(compression="zstd"))
 
-        path = self.folder / f"{kind}-a{self.attempt:04d}-r{self.rank:05d}-s{step:09d}.arrow"
-        write_atomic(path, fill)
-        return path
+    def append(self, table: pa.Table) -> None:
+        for batch in table.combine_chunks().to_batches():
+            self._writer.write_batch(batch)  # the first with the columns before it
+        try:
+            self._size += _append(self.descriptor, self._message.getvalue(), self._size, self.path)
+        finally:
+            self._message.seek(self._message.truncate(0))
+            if not self._size:
+                self._begin()
+
+    def close(self) -> None:
+        os.close(self.descriptor)
 
 
-def read_segments(folder: Path, kind: str, seen: set[str]) -> Iterator[tuple[int, int, pa.Table]]:
-    """(attempt, rank, table) of each segment of ``kind`` not yet in ``seen``, which grows by what is read."""
-    import pyarrow as pa
+def _append(descriptor: int, content: bytes, size: int, path: Path) -> int:
+    """Write ``content`` behind the ``size`` bytes there are, or cut the file off there; the bytes written.
 
-    for path in sorted(folder.glob(f"{glob.escape(kind)}-a[0-9]*-r[0-9]*-s[0-9]*.arrow")):
-        if path.name in seen:
-            continue
-        seen.add(path.name)
-        _, attempt, rank, _ = path.stem.rsplit("-", 3)
-        with pa.memory_map(str(path)) as source:
-            yield int(attempt[1:]), int(rank[1:]), pa.ipc.open_file(source).read_all()
+    Raises:
+        RunError: the disk is full.
+    """
+    try:
+        written = os.write(descriptor, content)
+        if written < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return written
+    except OSError as error:
+        os.ftruncate(descriptor, size)
+        raise as_run_error(error, path) from error
+
+
+class SegmentReader:
+    """Readings from a folder that :class:`SegmentWriter` writes or has written, each table once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[str, tuple[pa.Schema, int]] = {}
+        """By file: its columns, and the byte up to which it has been read."""
+
+    def read(self, kind: str) -> Iterator[tuple[int, int, pa.Table]]:
+        """(attempt, rank, table) of each table of ``kind`` not yet read, by attempt, rank and step.
+
+        Raises:
+            pyarrow.ArrowInvalid, OSError: a table is whole and cannot be read.
+        """
+        for path in sorted(self._folder.glob(f"{glob.escape(kind)}-a[0-9]*-r[0-9]*-s[0-9]*.arrows")):
+            _, attempt, rank, _ = path.stem.rsplit("-", 3)
+            for table in self._new(path):
+                yield int(attempt[1:]), int(rank[1:]), table
+
+    def _new(self, path: Path) -> Iterator[pa.Table]:
+        import pyarrow as pa
+
+        schema, cursor = self._known.get(path.name, (None, 0))
+        if path.stat().st_size <= cursor:
+            return
+        with pa.OSFile(str(path), "rb") as source:
+            source.seek(cursor)
+            while True:
+                try:
+                    message = pa.ipc.read_message(source)
+                except (EOFError, OSError, pa.ArrowInvalid):
+                    return  # the end, or what is not yet whole
+                if schema is None:
+                    schema = pa.ipc.read_schema(message)
+                    self._known[path.name] = schema, source.tell()
+                    continue
+                table = pa.Table.from_batches([pa.ipc.read_record_batch(message, schema)])
+                self._known[path.name] = schema, source.tell()
+                yield table
 
 
 def dump_object(value: Any, path: Path) -> None:

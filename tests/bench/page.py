@@ -6,7 +6,7 @@
 A run of 161 parameters is written beforehand and replayed: its events and readings appear in another folder at the wanted pace,
 as a trainer would write them. Reported: resident memory of the kernel and the page's JavaScript heap, before and after; bytes a
 refresh; milliseconds a redraw, by the clock and of the page's processor time; the kernel's share of a processor; and how long
-after a reading was written its column stood on the screen.
+after a reading had come to the trainer's host its column stood on the screen.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+
+from workbench.training.recorder import Recorder
 
 CELL = """from widgets import Inspector
 inspector = Inspector({name!r})
@@ -66,6 +69,8 @@ def measure(seconds: float, readings: int) -> dict[str, Any]:
         try:
             simulation = Simulation(lab.runs / "replayed", total=5 * readings + 50, blocks=(9, 9, 8), rich=True)
             simulation.until(50)
+            recorder = Recorder(simulation.folder, simulation.attempt, 0)
+            simulation.writers = [Through(recorder)]
             path = lab.notebook("page.ipynb", CELL.format(name="replayed"))
             book = lab.open(path, width=1280, height=1100)
             book.run_all()
@@ -94,6 +99,7 @@ def measure(seconds: float, readings: int) -> dict[str, Any]:
             seen = {int(float(step)): at for step, at in book.page.evaluate("() => window.__seen").items()}
             summary = eval(book.result("inspector.stats.summary()"))
             errors = book.errors
+            recorder.close()
         finally:
             lab.close()
             browser.close()
@@ -120,6 +126,16 @@ def measure(seconds: float, readings: int) -> dict[str, Any]:
         "page": summary,
         "errors": errors,
     }
+
+
+class Through:
+    """In the place of what writes readings at once: a trainer's recorder, which writes them by and by."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def write(self, kind: str, table: pa.Table, step: int) -> None:
+        self._recorder.reading(kind, step, dict(zip(table.column_names, table.columns, strict=True)))
 
 
 def _costs(book: Any, session: Any) -> dict[str, float]:

@@ -78,7 +78,6 @@ class Inspector(LiveWidget):
         self._other: Recording | None = None
         self._differences: list[tuple[str, str, str]] = []
         self._followers = {}
-        self._last_look: dict[Recording, float] = {}
         self._last_diagnosis = 0.0
         super().__init__(static=static)
         if run_or_path is not None:
@@ -173,6 +172,7 @@ class Inspector(LiveWidget):
             recording.run,
             lambda fresh, anew: self._on_events(recording, fresh, anew),
             lambda status: self._on_look(recording, status),
+            self.refresh,
         ).start()
 
     def _stop_following(self, *recordings: Recording) -> None:
@@ -180,18 +180,13 @@ class Inspector(LiveWidget):
         for recording in recordings or tuple(followers):
             if recording in followers:
                 followers.pop(recording).close()
-            self._last_look.pop(recording, None)
 
     def _on_events(self, recording: Recording, fresh: Sequence[events.Event], anew: bool) -> None:
         with self._lock:
             recording.take_events(fresh, anew)
 
     def _on_look(self, recording: Recording, status: str) -> None:
-        ended = status in TERMINAL
-        if not ended and time.monotonic() - self._last_look.get(recording, 0.0) < self.refresh:
-            return
-        self._last_look[recording] = time.monotonic()
-        more = True
+        ended, more = status in TERMINAL, True
         while more and (recording is self.recording or recording is self._other):
             with self._lock:
                 try:

@@ -35,7 +35,7 @@ COLUMNS = 500
 HISTORY = 120
 """Columns of the activations' history, which holds every layer's histograms."""
 BATCH = 200
-"""Segments read at once, so that a long history appears step by step."""
+"""Tables read at once, so that a long history appears step by step."""
 FIELDS = ("allocated", "reserved", "peak")
 TIMES = ("busy", "waited", "step")
 """Of a step, in seconds: a rank's own work, its waits for samples, and both with its waits for other ranks."""
@@ -72,8 +72,7 @@ class Recording:
         self.reset_readings()
 
     def reset_readings(self) -> None:
-        self._seen: dict[str, set[str]] = {kind: set() for kind in KINDS}
-        self._stamp = 0
+        self._segments = storage.SegmentReader(self.run.path / "readings")
         self._joins = {"gradients": Join(highest), "activations": Join(added)}
         self.gradients: Columns | None = None
         self.others: dict[str, Columns] = {}
@@ -115,23 +114,16 @@ class Recording:
                     self._extend(f"metric:{name}", [event.step], [value])
 
     def read(self, *, last: bool = False) -> bool:
-        """Read segments not yet read; True when more are waiting. ``last``: no more will come."""
-        folder = self.run.path / "readings"
-        if not folder.exists():
-            return False
-        stamp = folder.stat().st_mtime_ns
-        if stamp == self._stamp and not last:
-            return False
-        more = False
+        """Read tables not yet read; True when more are waiting. ``last``: no more will come."""
+        more = fresh = False
         for kind in KINDS:
-            found = list(islice(storage.read_segments(folder, kind, self._seen[kind]), BATCH))
-            more = more or len(found) == BATCH
+            found = list(islice(self._segments.read(kind), BATCH))
+            more, fresh = more or len(found) == BATCH, fresh or bool(found)
             for attempt, rank, table in found:
                 if not self._take(kind, attempt, rank, table):
                     self.reset_readings()  # a layer not seen before: the heat map gets a row for it from the start
                     return True
-        if not more:
-            self._stamp = stamp
+        if not more and (fresh or last):
             for step, values in self._joins["gradients"].take(last):
                 self._append_gradients(step, values)
             for step, (counts, stats) in self._joins["activations"].take(last):

@@ -12,6 +12,10 @@ from typing import Any
 from workbench import events, launcher, storage
 from workbench.errors import WorkbenchError
 
+GATHER = 0.1
+"""Least seconds between two writings of readings."""
+BEAT = 1.0
+"""Seconds between two signs of life."""
 _RESERVE = 1 << 16
 
 
@@ -27,8 +31,8 @@ def say_failed(folder: Path, attempt: int, rank: int, event: events.Failed) -> N
 class Recorder:
     """Writer of one rank for one attempt.
 
-    Events are on disk when :meth:`emit` returns. Readings are gathered and written twice a second by a thread, which also
-    keeps rank 0's heartbeat. A small reserve file leaves room to say why a run ended when the disk is full.
+    Events are on disk when :meth:`emit` returns. Readings are written by a thread, what comes within :data:`GATHER` seconds
+    together; it also keeps rank 0's heartbeat. A small reserve file leaves room to say why a run ended when the disk is full.
     """
 
     def __init__(self, folder: Path, attempt: int, rank: int) -> None:
@@ -41,7 +45,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
         self._error: Exception | None = None
-        self._closing = threading.Event()
+        self._closing, self._due = threading.Event(), threading.Event()
         self._reserve = folder / "logs" / f".reserve-{rank}"
         storage.write_atomic(self._reserve, bytes(_RESERVE), durable=False)
         self._beat()
@@ -68,14 +72,15 @@ class Recorder:
             raise self._error
 
     def reading(self, kind: str, step: int, columns: dict[str, Any]) -> None:
-        """Take in a reading, to be written within half a second; one without rows says nothing, not even its columns' types."""
+        """Take in a reading, to be written soon; one without rows says nothing, not even its columns' types."""
         if not len(next(iter(columns.values()))):
             return
         with self._lock:
             self._waiting[kind].append((step, columns))
+        self._due.set()
 
     def flush(self, *, durable: bool = False) -> None:
-        """Write the readings taken in so far; with ``durable``, events survive a power cut too."""
+        """Write the readings taken in so far; with ``durable``, they and the events survive a power cut too."""
         import pyarrow as pa
 
         with self._flushing:
@@ -85,15 +90,18 @@ class Recorder:
                 tables = [pa.table(columns) for _, columns in parts]
                 self._segments.write(kind, pa.concat_tables(tables), parts[0][0])
         if durable:
+            self._segments.sync()
             self._journal.sync()
 
     def close(self) -> None:
         """Write what waits and end the thread."""
         self._closing.set()
+        self._due.set()
         self._thread.join()
         with contextlib.suppress(WorkbenchError, OSError):
             self.flush()
             self._beat()
+        self._segments.close()
         self._journal.close()
         self._reserve.unlink(missing_ok=True)
 
@@ -103,14 +111,20 @@ class Recorder:
 
     def _keep(self) -> None:
         """The thread: an error here is raised in the trainer at its next step."""
-        beats = 0
-        while not self._closing.wait(0.5):
-            beats += 1
+        beat = time.monotonic() + BEAT
+        while True:
+            self._due.wait(max(0.0, beat - time.monotonic()))
+            if self._closing.is_set():
+                return
             try:
-                self.flush()
-                if beats % 2 == 0:
+                if self._due.is_set():
+                    self._due.clear()
+                    self.flush()
+                if time.monotonic() >= beat:
+                    beat = time.monotonic() + BEAT
                     self._beat()
             except Exception as error:
                 self._reserve.unlink(missing_ok=True)
                 self._error = error
                 return
+            self._closing.wait(GATHER)
