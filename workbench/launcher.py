@@ -7,7 +7,7 @@ Layout of a run folder, by name:
 ``attempts/N.json``    one file a start of the run: who started it, where (:class:`Process`), on how many processes
 ``heartbeat.json``     rank 0, about once a second: who, when, which step, when that step ended
 ``events/rank-R``      journals (:mod:`workbench.events`)
-``readings/``          Arrow segments of the probes
+``readings/``          Arrow streams of the probes: ``KIND-aATTEMPT-rRANK-sSTEP.arrows``, STEP the first of it
 ``commands/``          one JSON file a command, named by time
 ``checkpoints/``       ``step-N`` folders; ``logs/``: output of the processes; ``source/``: code and models it was given
 =====================  ==================================================================================

@@ -12,6 +12,8 @@ from typing import Any
 from workbench import events, launcher, storage
 from workbench.errors import WorkbenchError
 
+TOGETHER = 0.01
+"""Seconds within which the readings of one step come."""
 GATHER = 0.1
 """Least seconds between two writings of readings."""
 BEAT = 1.0
@@ -31,8 +33,8 @@ def say_failed(folder: Path, attempt: int, rank: int, event: events.Failed) -> N
 class Recorder:
     """Writer of one rank for one attempt.
 
-    Events are on disk when :meth:`emit` returns. Readings are written by a thread, what comes within :data:`GATHER` seconds
-    together; it also keeps rank 0's heartbeat. A small reserve file leaves room to say why a run ended when the disk is full.
+    Events are on disk when :meth:`emit` returns. Readings are written by a thread, ten times a second at most; it also keeps
+    rank 0's heartbeat. A small reserve file leaves room to say why a run ended when the disk is full.
     """
 
     def __init__(self, folder: Path, attempt: int, rank: int) -> None:
@@ -89,8 +91,9 @@ class Recorder:
             for kind, parts in waiting.items():
                 tables = [pa.table(columns) for _, columns in parts]
                 self._segments.write(kind, pa.concat_tables(tables), parts[0][0])
+            if durable:
+                self._segments.sync()
         if durable:
-            self._segments.sync()
             self._journal.sync()
 
     def close(self) -> None:
@@ -118,6 +121,7 @@ class Recorder:
                 return
             try:
                 if self._due.is_set():
+                    self._closing.wait(TOGETHER)
                     self._due.clear()
                     self.flush()
                 if time.monotonic() >= beat:
