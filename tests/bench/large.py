@@ -4,8 +4,8 @@
 
 A text encoder of BERT's kind, 4,096 wide: 44 layers have 9 billion parameters, 134 GiB with gradients and AdamW's state. On one
 GPU the run has to fail in words; on several, weights, gradients and state are spread over all (FSDP2), and blocks compute their
-activations twice. Sequences of 512 random tokens in bf16. Reported: parameters, seconds of a step, tokens per second, the share
-of a GPU's bf16 peak (:data:`PEAK`) that 6 operations a parameter and token are, and each rank's memory. The run is ended without a
+activations twice. Sequences of 512 random tokens in bf16. Reported: parameters, seconds of a step, tokens per second, what 6
+operations a parameter and token are of a GPU's bf16 peak (:data:`PEAK`), and each rank's memory. The run is ended without a
 checkpoint, of over 100 GB. On a CPU sizes shrink and the figures only show that it runs.
 """
 

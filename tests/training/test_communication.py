@@ -32,7 +32,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     program = Path(__file__).with_name("exchange.py")
-    ran = subprocess.run([*command, str(program), str(out)], env=environment, timeout=120, capture_output=True, text=True)
+    ran = subprocess.run([*command, str(program), str(out)], env=environment, timeout=280, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     ranks: list[dict[str, Any]] = json.loads(out.read_text())
     return ranks
