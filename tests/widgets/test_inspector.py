@@ -508,7 +508,7 @@ def test_the_apply_button_runs_the_code_that_it_shows(tmp_path: Path, until: Cal
         remedy={"optim.lr": 1e-4},
         alternatives=({"clip.mode": "fixed", "clip.max_norm": 0.5},),
     )
-    inspector._findings, inspector._last_diagnosis = [finding], math.inf  # no look of its own in between
+    inspector._findings.rows, inspector._findings._next = [finding], math.inf  # no look of its own in between
     page = Page()
 
     def shown() -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,19 +19,17 @@ from widgets.follow import Follower
 from widgets.frames import Frame
 from widgets.inspector import export, figures
 from widgets.inspector.beside import differences, neighbours
+from widgets.inspector.findings import Findings
 from widgets.inspector.quantities import QUANTITIES
 from widgets.inspector.recording import Recording
 from widgets.inspector.snapshots import SnapshotView
 from widgets.live_plot import LiveWidget, module
-from workbench import diagnosis, events, remedies, storage
+from workbench import events, remedies, storage
 from workbench.errors import RunError
 from workbench.run import TERMINAL, Run, runs_folder
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-DIAGNOSE_EVERY = 5.0
-"""Seconds between two looks of the diagnosis."""
 
 
 class Inspector(LiveWidget):
@@ -71,14 +68,13 @@ class Inspector(LiveWidget):
         self.refresh = max(0.25, refresh)
         self.run: Run | None = None
         self.recording: Recording | None = None
-        self._findings: list[events.Finding] = []
+        self._findings = Findings()
         self._applied: dict[str, str] = {}
         self._problem = ""
         self._snapshots = SnapshotView()
         self._other: Recording | None = None
         self._differences: list[tuple[str, str, str]] = []
         self._followers = {}
-        self._last_diagnosis = 0.0
         super().__init__(static=static)
         if run_or_path is not None:
             self.open(run_or_path)
@@ -94,7 +90,7 @@ class Inspector(LiveWidget):
         with self._lock:
             self._stop_following()
             self.run, self.recording, self._other, self._differences = run, Recording(run), None, []
-            self._findings, self._applied, self._problem, self._last_diagnosis = [], {}, "", 0.0
+            self._findings, self._applied, self._problem = Findings(), {}, ""
             self._snapshots = SnapshotView()
             if not self.static:
                 self._publish(whole=True)
@@ -154,7 +150,7 @@ class Inspector(LiveWidget):
     def findings(self) -> list[events.Finding]:
         """What the run reported and what its readings show now, worst first."""
         self._catch_up()
-        return list(self._findings)
+        return list(self._findings.rows)
 
     def figures(self) -> dict[str, go.Figure]:
         """Plotly figures by name, of what has readings: ``loss``, ``gradients``, ``gradients:QUANTITY``, ``activations``,
@@ -191,22 +187,19 @@ class Inspector(LiveWidget):
             with self._lock:
                 try:
                     more = recording.read(last=ended)
-                    due = ended or time.monotonic() - self._last_diagnosis > DIAGNOSE_EVERY
-                    if not more and due and recording is self.recording:
-                        self._diagnose()
+                    if not more and recording is self.recording:
+                        if ended:
+                            self._findings.look(recording)
+                        else:
+                            self._findings.look_apart(recording, self._lock, self._publish, self._say_stopped)
                 except Exception as error:
-                    self._problem = f"The Inspector stopped following this run: {error}"
-                    self._publish()
+                    self._say_stopped(error)
                     raise
                 self._publish()
 
-    def _diagnose(self) -> None:
-        """Findings that the run reported, and those of its readings now; one of a name."""
-        assert self.run is not None and self.recording is not None
-        tables: dict[str, Any] = {kind: self.recording.frame_of(kind) for kind in diagnosis.KINDS}
-        now = diagnosis.diagnose(self.run.history, **tables, config=diagnosis.config_now(self.run))
-        self._findings = diagnosis.gathered(self.run, now)
-        self._last_diagnosis = time.monotonic()
+    def _say_stopped(self, error: Exception) -> None:
+        self._problem = f"The Inspector stopped following this run: {error}"
+        self._publish()
 
     def _catch_up(self) -> Recording | None:
         """Where nothing follows the run (a static or a closed view) read to the end of what there is."""
@@ -216,7 +209,7 @@ class Inspector(LiveWidget):
             assert self.recording is not None
             self.recording = _read_to_the_end(_like(self.recording, Recording(self.run, self.recording.rank)))
             self._other = self._other and _read_to_the_end(_like(self._other, Recording(self._other.run)))
-            self._diagnose()
+            self._findings.look(self.recording)
             return self.recording
 
     # -- the page -----------------------------------------------------------------------------------------------------
@@ -252,7 +245,7 @@ class Inspector(LiveWidget):
                         for number, remedy in enumerate(finding.remedies)
                     ],
                 }
-                for finding in self._findings
+                for finding in self._findings.rows
             ],
             "beside": None if other is None else self._header(other.run, other),
             "differences": self._differences,
@@ -326,7 +319,7 @@ class Inspector(LiveWidget):
         """Apply one of a finding's remedies from a thread: starting a run takes seconds, and a callback posts and returns."""
         offered = {
             f"{finding.name}:{number}": finding.model_copy(update={"remedy": remedy})
-            for finding in self._findings
+            for finding in self._findings.rows
             for number, remedy in enumerate(finding.remedies)
         }
         if key not in offered or self.run is None or key in self._applied:
@@ -349,7 +342,7 @@ class Inspector(LiveWidget):
             recording = self._catch_up()
             if recording is None or self.run is None:
                 return figures.empty_html()
-            rows = [(f.severity, f.message, remedy_text(f.remedy)) for f in self._findings]
+            rows = [(f.severity, f.message, remedy_text(f.remedy)) for f in self._findings.rows]
             return figures.static_html(recording, self._header(self.run, recording), rows)
 
 

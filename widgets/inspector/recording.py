@@ -26,7 +26,6 @@ from workbench import events, storage
 from workbench.run import Run
 
 if TYPE_CHECKING:
-    import pandas as pd
     import pyarrow as pa
 
 KINDS = ("gradients", "activations", "memory", "memory_layers", "communication")
@@ -334,14 +333,6 @@ class Recording:
         packed = levels(counts)
         shape = {"rows": packed.shape[0], "bins": packed.shape[1], "stats": stats.size}
         frame.add("levels", "activations", stats, packed=packed, **shape, step=int(step), at=at, of=of)
-
-    def frame_of(self, kind: str) -> pd.DataFrame:
-        """The first and the last readings of ``kind`` with their ranks, as :mod:`workbench.diagnosis` takes them."""
-        import pandas as pd
-
-        kept = self.tables[kind].items()
-        parts = [table.to_pandas().assign(rank=rank) for rank, (head, tail) in kept for table in [*head, *tail]]
-        return pd.concat(parts, ignore_index=True).sort_values("step", kind="stable") if parts else pd.DataFrame()
 
 
 def _write(columns: Columns | None, frame: Frame, name: str, whole: bool) -> None:
