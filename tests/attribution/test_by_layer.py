@@ -82,9 +82,14 @@ def test_branches_share_what_flows_around_them() -> None:
 def test_a_normalized_model_is_walked_slowly_where_it_wakes() -> None:
     """The first steps from an empty image change a normalization layer's output most."""
     torch.manual_seed(0)
-    model = build_model(ModelConfig(name="convnet", num_classes=4, in_channels=1, args={"widths": [8, 16]})).double()
-    found = explain_layers(model, torch.randn(3, 1, 8, 8, dtype=torch.float64), 0, config=AttributionConfig(steps=64))
+    args = {"widths": [8, 16, 16]}
+    model = build_model(ModelConfig(name="convnet", num_classes=4, in_channels=1, args=args)).double()
+    x = torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    found = explain_layers(model, x, 0)
+    fine = explain_layers(model, x, 0, config=AttributionConfig(steps=400))
+    assert list(fine.conductance) == pytest.approx([fine.attrs["difference"]] * len(fine), abs=0.01 * fine.absolute.max())
     assert list(found.conductance) == pytest.approx([found.attrs["difference"]] * len(found), abs=0.05 * found.absolute.max())
+    assert list(found.absolute) == pytest.approx(list(fine.absolute), rel=0.2)
 
 
 def test_the_path_of_token_ids_runs_through_embeddings() -> None:

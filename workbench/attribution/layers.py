@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +33,9 @@ from workbench.errors import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+PILOTS = 8
+"""Samples of a batch that show where the path needs points."""
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
@@ -139,13 +143,13 @@ def _walk(
         start = torch.full_like(x[:1], config.baseline)
         embedding = embedding_of(model, x) if is_ids(x) else None
         start, end = (start, x) if embedding is None else (embedding(start), embedding(x))
+        shares = _shares(model, x[:PILOTS], start, end[:PILOTS], embedding, chosen, config.steps)
     found: dict[str, _Layer] = {}
     ends = []
     share = 0.0
     with gradients_of(model):
-        for step in range(config.steps + 1):
-            # Closer together near the baseline, where normalization layers turn an almost constant input into a full one.
-            last, share = share, (step / config.steps) ** 3
+        for following in shares:
+            last, share = share, following
             point = (share * end + (1 - share) * start).detach().requires_grad_()
             with _noting(chosen, found):
                 asked = output_at(model, x, point, embedding).gather(1, target[:, None]).sum()
@@ -154,6 +158,48 @@ def _walk(
                 layer.step(share - last)
             ends.append(float(asked.detach()))
     return found, ends[-1] - ends[0]
+
+
+def _shares(
+    model: nn.Module,
+    x: Tensor,
+    start: Tensor,
+    end: Tensor,
+    embedding: nn.Module | None,
+    chosen: dict[str, nn.Module],
+    steps: int,
+) -> list[float]:
+    """Places along the path, 0 to 1, between which the outputs of the layers change about equally much.
+
+    A normalization layer turns an almost constant input into a full one: what happens may happen within a thousandth of the path.
+    """
+    looks = sorted({0.0, *(10 ** (power / 8) for power in range(-56, 0)), *(step / 16 for step in range(1, 17))})
+    values: dict[str, Tensor] = {}
+    lengths: dict[str, list[float]] = {}
+
+    def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def note(module: nn.Module, inputs: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            if isinstance(value, Tensor) and value.is_floating_point():
+                if name in values:
+                    lengths.setdefault(name, []).append(float((value - values[name]).norm()))
+                values[name] = value.clone()
+
+        return note
+
+    handles = [module.register_forward_hook(hook_of(name)) for name, module in chosen.items()]
+    try:
+        for share in looks:
+            output_at(model, x, share * end + (1 - share) * start, embedding)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # A fifth of the points goes by the path itself; layers that are called several times, or not at all, are left to it.
+    known = [each for each in lengths.values() if len(each) == len(looks) - 1 and 0 < sum(each) < math.inf]
+    parts = [sum(each[place] / sum(each) for each in known) / max(1, len(known)) for place in range(len(looks) - 1)]
+    passed = np.cumsum([0.0, *(0.8 * part + 0.2 * (b - a) for part, a, b in zip(parts, looks, looks[1:], strict=False))])
+    places: list[float] = np.interp(np.linspace(0, passed[-1], steps + 1), passed, looks).tolist()
+    return places
 
 
 @contextmanager
