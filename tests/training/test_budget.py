@@ -27,6 +27,7 @@ class Bench:
         every: of each probe, by name.
         auto: of these, those on auto.
         late: seconds in the step after a reading, in which the host writes it down.
+        light: of these on auto, those that cost next to nothing.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Bench:
         total: int = 20_000,
         epoch: int = 10**6,
         late: float = 0.0,
+        light: str = "",
     ) -> None:
         self.seconds, self.cost, self.late, self.total = 0.0, cost, late, total
         self.probes = ProbeSet({name: (Probe(ProbeConfig()), number) for name, number in every.items()}, lambda *reading: None)
@@ -47,7 +49,8 @@ class Bench:
         self.step = 0
         self.interrupt: Callable[[int], float] = lambda step: 0.0
         steps, now = (total, epoch), lambda: self.seconds
-        self.budget = Budget(self.probes, auto.split(), overhead, *steps, now, self._post, lambda *said: self.said.append(said))
+        say = lambda *said: self.said.append(said)  # noqa: E731
+        self.budget = Budget(self.probes, auto.split(), overhead, *steps, now, self._post, say, light.split())
 
     def _post(self, name: str, **settings: Any) -> None:
         assert name == READ
@@ -86,6 +89,15 @@ def test_the_interval_becomes_that_of_the_cost(cost: float, late: float) -> None
     steps, seconds = bench.step, bench.seconds
     bench.run(3000)
     assert 1 - (bench.step - steps) / (bench.seconds - seconds) <= 0.011  # a reading more may fall into the time than its share
+
+
+def test_what_costs_next_to_nothing_is_read_as_often_as_before() -> None:
+    """And whenever the others are, so that what all of them cost is known."""
+    bench = Bench({"dear": 20, "light": 4}, "dear light", 0.2, total=800, light="light").run(800)
+    assert bench.probes.every == {"dear": 40, "light": 4} and "one in 40" in bench.said[-1][1]
+    assert sum(step % 4 == 0 for step in bench.read) > 0.9 * 200
+    alone = Bench({"light": 4, "fixed": 7}, "light", 0.11, total=4000, light="light").run(4000)
+    assert alone.probes.every["light"] == max(4000 // MOST, 11)  # nothing else is on auto
 
 
 def test_a_cost_that_changes_is_followed_and_a_small_change_is_not() -> None:
@@ -194,10 +206,11 @@ def told(run: Run) -> Iterator[events.ReadingsTimed]:
 
 def test_a_run_keeps_to_its_budget_and_goes_on_with_what_it_found(slow: TrainConfig, tmp_path: Path) -> None:
     run = train(slow, root=tmp_path, replay=[(80, "stop", {})]).run
-    settings = [f"probes.{name}.every" for name in ("gradients", "communication", f"{SLOW}:Slow")]
+    settings = [f"probes.{name}.every" for name in ("gradients", f"{SLOW}:Slow")]
     first = next(told(run))
     assert first.every == 9 and run.overhead == [*told(run)][-1].overhead > slow.probes.overhead
     assert {run.resolved[setting]["value"] for setting in settings} == {first.every}
+    assert run.resolved["probes.communication.every"]["value"] == 1  # it costs next to nothing
     assert f"one in {first.every} takes" in run.resolved[settings[0]]["reason"]
     assert READ not in (code := repro.code(run.config, run.events)) and "replay=[(80, 'stop', {})]" in code
     run.resume().wait(timeout=120)
@@ -216,5 +229,8 @@ def test_two_ranks_change_after_the_same_step(slow: TrainConfig, tmp_path: Path)
     for kind in ("gradients", "communication"):
         readings = run.readings(kind)
         one, two = (sorted(set(readings.loc[readings["rank"] == rank, "step"])) for rank in (0, 1))
-        assert one == two and [step for step in one if step > first.step] == [n for n in range(9, 161, 9) if n > first.step]
+        every = {"gradients": 9, "communication": 1}[kind]
+        expected = [n for n in range(every, 161, every) if n > first.step]
+        assert one == two and set(one) >= {n for n in expected if n % 9 == 0}
+        assert kind == "communication" or [step for step in one if step > first.step] == expected
     assert first.counted <= COUNTED and first.every == 9  # of 160 steps, in epochs of 8

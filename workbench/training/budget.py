@@ -49,6 +49,7 @@ class Budget:
         now: the present moment of the device that computes (see :func:`clock`).
         post: called on rank 0 with settings for :meth:`apply`, which all ranks are to call after the same step; None on others.
         changed: called on every rank with what was found, by an event and in words.
+        light: of ``auto``, those that cost next to nothing. They keep their intervals, and read whenever the others do.
     """
 
     def __init__(
@@ -61,10 +62,13 @@ class Budget:
         now: Callable[[], Moment],
         post: Callable[..., None] | None,
         changed: Callable[[events.ReadingsTimed, str], None],
+        light: Collection[str] = (),
     ) -> None:
         self.probes, self.overhead = probes, overhead
-        self.auto = [name for name in probes.every if name in auto]
-        self._watched = self.auto or list(probes.every)
+        all_auto = [name for name in probes.every if name in auto]
+        self.auto = [name for name in all_auto if name not in light] or all_auto
+        self._grain = math.lcm(*(probes.every[name] for name in all_auto if name not in self.auto))
+        self._watched = all_auto or list(probes.every)
         self._bounds = max(1, total_steps // MOST), max(1, total_steps // LEAST)
         self._epoch = steps_per_epoch
         self._now, self._post, self._changed = now, post, changed
@@ -97,7 +101,7 @@ class Budget:
         self._readings += 1
         if self._readings > WARM:
             self._moments = [self._now()]
-        ours = len(self.auto) == len(self.probes.every)
+        ours = bool(self.auto) and len(self._watched) == len(self.probes.every)
         self._leaves_out = ours and (self._timed < COUNTED or self._readings - self._last >= SELDOM)
 
     def interrupted(self) -> None:
@@ -122,13 +126,15 @@ class Budget:
 
     def _wanted(self, cost: float) -> int | None:
         """Steps from reading to reading; None where probes with fixed intervals have several."""
-        held = {self.probes.every[name] for name in self._watched}
+        held = {self.probes.every[name] for name in self.auto or self._watched}
         now = max(held)
         if not self.auto:
             return now if len(held) == 1 else None
         low, high = self._bounds
         wanted = max(low, min(math.ceil(cost / self.overhead), max(high, now)))
-        return now if len(held) == 1 and abs(wanted - now) <= SLACK * now else within_epochs(wanted, self._epoch)
+        if len(held) == 1 and abs(wanted - now) <= SLACK * now:
+            return now
+        return within_epochs(self._grain * math.ceil(wanted / self._grain), self._epoch, self._grain)
 
     def apply(self, step: int, every: int, cost: float, counted: int) -> None:
         """Read once in ``every`` steps from here on; a reading adds ``cost`` of a step, the median of ``counted``."""

@@ -16,6 +16,8 @@ from workbench.storage import write_atomic
 from workbench.training import fp8
 from workbench.training.config import TrainConfig
 
+LIGHT = ("memory", "communication")
+"""Probes whose reading costs next to nothing: they keep to their interval."""
 MOST = 200
 """Readings over a run that tell enough of it: cheaper ones would only fill the disk."""
 
@@ -120,8 +122,8 @@ def decide_every(
     spread = max(1, total_steps // MOST)
     often, rarely = (spread, 5) if device.type == "cpu" else (max(10, spread), 50)
     often = within_epochs(often, steps_per_epoch)
-    if name in ("memory", "communication"):
-        return int(decisions.decide(setting, often, "until it is measured: what is read costs next to nothing"))
+    if name in LIGHT:
+        return int(decisions.decide(setting, often, "what is read costs next to nothing"))
     reason = f"until it is measured: on a {device.type.upper().replace('CUDA', 'GPU')} one reading in {rarely} steps or rarer"
     rarely = within_epochs(often * math.ceil(rarely / often), steps_per_epoch, often)
     return int(decisions.decide(setting, rarely, reason))

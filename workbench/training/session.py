@@ -206,7 +206,7 @@ def _budget(
     auto = [name for name, wanted in config.probes.by_name().items() if wanted.every == "auto" and not config.deterministic]
     post = control.post if world.main else None
     steps = subject.total_steps, subject.batches.steps_per_epoch
-    budget = Budget(probes, auto, config.probes.overhead, *steps, clock(world.device), post, changed)
+    budget = Budget(probes, auto, config.probes.overhead, *steps, clock(world.device), post, changed, decisions.LIGHT)
     return budget
 
 
