@@ -12,7 +12,7 @@ from workbench.events import Finding
 if TYPE_CHECKING:
     import pandas as pd
 
-STARVED = 2e-3
+STARVED = 5e-3
 """Share of the typical layer's relative gradient below which a layer is starved; 0.03 at least in healthy ResNets."""
 TYPICAL_UPDATE = 1e-3
 """Of a healthy step, ||dw|| / ||w||: Karpathy, CS231n notes, Neural Networks Part 3, "Ratio of weights:updates"."""
