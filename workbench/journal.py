@@ -7,8 +7,10 @@ which step each attempt counts, and both readers drop the rest.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,25 +38,29 @@ class Progress:
         return self.step / self.total_steps if self.total_steps else 0.0
 
 
-def progress_of(said: Iterable[events.Event]) -> Progress:
-    """How far a run is, from its events."""
-    step = epoch = total = 0
-    rate = None
-    windows: list[events.Steps] = []
-    for event in said:
+class _Meter:
+    """How far a run is, from its events one after another."""
+
+    def __init__(self) -> None:
+        self._step = self._epoch = self._total = 0
+        self._rate: float | None = None
+        self._windows: deque[events.Steps] = deque(maxlen=20)
+
+    def take(self, event: events.Event) -> None:
         if isinstance(event, events.AttemptStarted):
-            total, step = event.total_steps, event.step
-            windows.clear()
+            self._total, self._step = event.total_steps, event.step
+            self._windows.clear()
         elif isinstance(event, events.Steps):
-            step, epoch = event.step, event.epoch
-            rate = event.samples_per_s or rate
-            windows.append(event)
-    eta = None
-    if len(windows) > 1 and total:
-        recent = windows[-20:]
-        elapsed = recent[-1].time - recent[0].time
-        eta = (total - step) * elapsed / max(1, recent[-1].step - recent[0].step)
-    return Progress(step, total, epoch, rate, eta)
+            self._step, self._epoch = event.step, event.epoch
+            self._rate = event.samples_per_s or self._rate
+            self._windows.append(event)
+
+    def progress(self) -> Progress:
+        eta, windows = None, self._windows
+        if len(windows) > 1 and self._total:
+            elapsed = windows[-1].time - windows[0].time
+            eta = (self._total - self._step) * elapsed / max(1, windows[-1].step - windows[0].step)
+        return Progress(self._step, self._total, self._epoch, self._rate, eta)
 
 
 def history_of(said: Iterable[events.Event]) -> pd.DataFrame:
@@ -115,23 +121,36 @@ class ReadingsReader:
         return pd.concat(frames, ignore_index=True).sort_values(["step", "rank"], kind="stable", ignore_index=True)
 
 
+TURNS = ("attempt_started", "paused", "resumed", "finished", "stopped", "failed")
+"""Events after which a run stands otherwise than before."""
+
+
 class JournalReader:
-    """Events of rank 0, parsed once, from a byte cursor."""
+    """Events of rank 0, parsed once, from a byte cursor. What is asked of it costs what is new, not what there is."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._path = folder / "rank-00000.jsonl"
         self._cursor = 0
         self._events: list[events.Event] = []
+        self._turns: list[events.Event] = []
+        self._valid: list[events.Event] = []
+        self._limits: dict[int, float] = {}
+        self._meter = _Meter()
         self._lock = threading.Lock()
 
     def all(self) -> list[events.Event]:
         """Every event so far; a new list, which the caller may keep while other threads read on."""
         with self._lock:
-            lines, cursor = storage.read_lines(self._path, self._cursor)
-            self._events += _parsed(lines, self._path)
-            self._cursor = cursor
+            self._read()
             return list(self._events)
+
+    def turns(self, attempt: int) -> tuple[list[events.Event], bool]:
+        """An attempt's events of :data:`TURNS`, and whether it has said anything at all."""
+        with self._lock:
+            self._read()
+            said = any(event.attempt == attempt for event in reversed(self._events))
+            return [event for event in self._turns if event.attempt == attempt], said
 
     def failures(self, attempt: int) -> list[events.Failed]:
         """Why an attempt failed, as each rank saw it."""
@@ -143,12 +162,44 @@ class JournalReader:
 
     def limits(self) -> dict[int, float]:
         """By attempt, the last step that still counts: a later attempt that started earlier undid what came after."""
-        starts = [(e.attempt, e.step) for e in self.all() if e.type == "attempt_started"]
-        return {attempt: min((s for a, s in starts if a > attempt), default=float("inf")) for attempt, _ in starts}
+        with self._lock:
+            self._read()
+            return dict(self._limits)
 
     def valid(self) -> list[events.Event]:
-        everything, limits = self.all(), self.limits()
-        return [e for e in everything if e.step <= limits.get(e.attempt, float("inf"))]
+        """Events that still count, a new list."""
+        with self._lock:
+            self._read()
+            return list(self._valid)
+
+    def latest_steps(self, count: int) -> list[events.Steps]:
+        """The last windows of steps that still count, at most so many."""
+        with self._lock:
+            self._read()
+            return [*islice((event for event in reversed(self._valid) if isinstance(event, events.Steps)), count)][::-1]
+
+    def progress(self) -> Progress:
+        with self._lock:
+            self._read()
+            return self._meter.progress()
+
+    def _read(self) -> None:
+        """Take in what is new. The caller holds the lock."""
+        lines, cursor = storage.read_lines(self._path, self._cursor)
+        fresh = _parsed(lines, self._path)
+        self._cursor = cursor
+        self._events += fresh
+        self._turns += [event for event in fresh if event.type in TURNS]
+        if any(isinstance(event, events.AttemptStarted) for event in fresh):
+            starts = [(event.attempt, event.step) for event in self._turns if isinstance(event, events.AttemptStarted)]
+            self._limits = {
+                attempt: min((step for number, step in starts if number > attempt), default=float("inf")) for attempt, _ in starts
+            }
+            self._valid, self._meter, fresh = [], _Meter(), self._events  # what was counted may count no longer
+        counted = [event for event in fresh if event.step <= self._limits.get(event.attempt, float("inf"))]
+        self._valid += counted
+        for event in counted:
+            self._meter.take(event)
 
 
 def _parsed(lines: list[bytes], path: Path) -> list[events.Event]:

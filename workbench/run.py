@@ -19,7 +19,7 @@ from workbench.commands import check, post
 from workbench.config import Config, load_yaml
 from workbench.errors import RunError
 from workbench.events import Evaluated, Event, Failed, Finding, ReadingsTimed
-from workbench.journal import JournalReader, Progress, ReadingsReader, history_of, progress_of
+from workbench.journal import JournalReader, Progress, ReadingsReader, history_of
 from workbench.registry import load_object
 from workbench.status import status_of
 
@@ -162,7 +162,7 @@ class Run:
     @property
     def progress(self) -> Progress:
         """Steps done, steps in all, rate, time left."""
-        return progress_of(self.events)
+        return self._journal.progress()
 
     @property
     def history(self) -> pd.DataFrame:

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 from workbench import launcher
-from workbench.events import Steps
 from workbench.journal import JournalReader
 
 STALE_HEARTBEAT = 20.0
@@ -19,11 +18,11 @@ def status_of(folder: Path, journal: JournalReader) -> str:
     attempt = launcher.Attempt.latest(folder)
     if attempt is None:
         return "created"
-    said = [e for e in journal.all() if e.attempt == attempt.number]
+    turns, said = journal.turns(attempt.number)
     heartbeat = launcher.Heartbeat.read(folder)
     if heartbeat is not None and heartbeat.attempt != attempt.number:
         heartbeat = None
-    for event in reversed(said):
+    for event in reversed(turns):
         if event.type in ("finished", "stopped"):
             return event.type
         if event.type == "failed":
@@ -42,13 +41,13 @@ def status_of(folder: Path, journal: JournalReader) -> str:
         if attempt.deciding():
             return "starting"
         return "failed" if journal.failures(attempt.number) else "lost"
-    if next((e.type for e in reversed(said) if e.type in ("paused", "resumed")), "") == "paused":
+    if next((e.type for e in reversed(turns) if e.type in ("paused", "resumed")), "") == "paused":
         return "paused"
     return "hung" if heartbeat and _overdue(heartbeat, journal) else "running"
 
 
 def _overdue(heartbeat: launcher.Heartbeat, journal: JournalReader) -> bool:
     """Whether no step has ended for far longer than steps take."""
-    windows = [e for e in journal.valid() if isinstance(e, Steps)][-20:]
+    windows = journal.latest_steps(20)
     pace = [(b.time - a.time) / len(b.loss) for a, b in zip(windows, windows[1:], strict=False) if b.loss]
     return bool(pace) and time.time() - heartbeat.step_time > max(120.0, 50 * statistics.median(pace))
