@@ -2,6 +2,7 @@
 
     python -m tests.bench.page                      # two minutes: 161 layers, an hour's readings compressed
     python -m tests.bench.page --seconds 3600 --readings 3600
+    python -m tests.bench.page --before 3600        # two minutes of a run that has trained for an hour
 
 A run of 161 parameters is written beforehand and replayed: its events and readings appear in another folder at the wanted pace,
 as a trainer would write them. Reported: resident memory of the kernel and the page's JavaScript heap, before and after; bytes a
@@ -41,20 +42,26 @@ WATCH = """() => {
     look(); }"""
 
 
+CAUGHT_UP = """(step) => {
+    const x = document.querySelector('.wi-card[data-card=gradients] .js-plotly-plot')?.data?.[0]?.x;
+    return x?.length && x.at(-1) >= 0.98 * step; }"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120, help="how long the replay takes")
     parser.add_argument("--readings", type=int, default=720, help="readings replayed, one each five steps")
+    parser.add_argument("--before", type=int, default=10, help="readings that are there when the page opens")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     chosen = parser.parse_args()
-    figures = measure(chosen.seconds, chosen.readings)
+    figures = measure(chosen.seconds, chosen.readings, chosen.before)
     print(json.dumps(figures, indent=2))
     if chosen.out:
         chosen.out.write_text(json.dumps(figures, indent=2))
 
 
-def measure(seconds: float, readings: int) -> dict[str, Any]:
-    """Replay ``readings`` over ``seconds`` into a notebook that shows them."""
+def measure(seconds: float, readings: int, first: int) -> dict[str, Any]:
+    """Replay ``readings`` over ``seconds`` into a notebook that shows them and the ``first`` before."""
     from playwright.sync_api import sync_playwright
 
     from tests.ui.conftest import CHROMIUM_FLAGS, Lab, find_chromium
@@ -67,8 +74,8 @@ def measure(seconds: float, readings: int) -> dict[str, Any]:
         browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS)
         lab = Lab(Path(home), browser)
         try:
-            simulation = Simulation(lab.runs / "replayed", total=5 * readings + 50, blocks=(9, 9, 8), rich=True)
-            simulation.until(50)
+            simulation = Simulation(lab.runs / "replayed", total=5 * (readings + first), blocks=(9, 9, 8), rich=True)
+            simulation.until(5 * first)
             recorder = Recorder(simulation.folder, simulation.attempt, 0)
             simulation.writers = [Through(recorder)]
             path = lab.notebook("page.ipynb", CELL.format(name="replayed"))
@@ -77,6 +84,7 @@ def measure(seconds: float, readings: int) -> dict[str, Any]:
             book.page.locator(".wi-card").first.wait_for()
             book.page.evaluate("() => document.querySelector('.wb-inspector').scrollIntoView()")
             book.page.locator(".wi-card[data-card=gradients] .js-plotly-plot").wait_for()  # plotly.js is there: once a page
+            book.page.wait_for_function(CAUGHT_UP, arg=5 * first)
             book.page.evaluate(WATCH)
             session = book.page.context.new_cdp_session(book.page)
             session.send("Performance.enable", {"timeDomain": "threadTicks"})
