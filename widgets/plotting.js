@@ -252,7 +252,11 @@ class Painter {
       if (this.visible) this.schedule();
     });
     sight.observe(el);
-    const reporter = setInterval(() => this.flushReport(), 2000);
+    // A theme's colours may come after the mark that it has changed: look again now and then.
+    const reporter = setInterval(() => {
+      this.flushReport();
+      if (this.painted && this.painted !== this.colours()) again();
+    }, 2000);
     signal?.addEventListener("abort", () => {
       for (const observer of [watch, resize, sight]) observer.disconnect();
       clearInterval(reporter);
@@ -268,6 +272,10 @@ class Painter {
       this.all.add(name);
     }
     this.schedule();
+  }
+
+  colours() {
+    return JSON.stringify(theme(this.el));
   }
 
   schedule() {
@@ -286,6 +294,12 @@ class Painter {
     if (this.gone || !this.el.isConnected || this.el.clientWidth === 0) return;
     this.busy = true;
     await plotlyReady();
+    const colours = this.colours();
+    if (this.painted && this.painted !== colours) {
+      for (const name of this.all) this.dirty.add(name);
+      this.whole = true;
+    }
+    this.painted = colours;
     const names = this.due();
     const began = performance.now();
     this.last = began;
