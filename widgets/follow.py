@@ -13,6 +13,8 @@ from workbench.run import TERMINAL, Run
 
 PERIOD = 0.25
 """Least seconds between two looks."""
+LONGEST = 2.0
+"""Seconds to wait after a look that took long, as the first at a long run does."""
 GLANCE = 0.02
 """Seconds between two glances at whether the run's files have grown; more where a glance takes long."""
 PATIENCE = 1.0
@@ -74,7 +76,7 @@ class Follower:
             if status in TERMINAL:
                 self._wait_for_a_restart(attempt)
                 continue
-            self._closed.wait(max(self._period, 10 * (time.thread_time() - started)))
+            self._closed.wait(max(self._period, min(LONGEST, 10 * (time.thread_time() - started))))
             self._wait_for_more(sizes)
 
     def _wait_for_more(self, sizes: dict[str, int]) -> None:
