@@ -1,4 +1,4 @@
-"""Following a run: a thread that hands over what is new, and never costs the kernel more than a tenth of its time."""
+"""Following a run: a thread that hands over what is new, at a tenth of the kernel's time unless a look takes over 0.2 s."""
 
 from __future__ import annotations
 
